@@ -1,0 +1,12 @@
+"""Ambiguous medical image segmentation with diffusion models (CIMD, CVPR 2023).
+
+    from guided_diffusion import Segmenter
+"""
+
+
+def __getattr__(name):
+    if name == "Segmenter":  # loaded on use, so that importing a part of the library stays cheap
+        from .segmenter import Segmenter
+
+        return Segmenter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,209 @@
+"""What a run saves, how it is saved and read back.
+
+In a results folder (a local path, or gs:// or az:// through blobfile), step in 6 digits:
+
+    savedmodel<step>.pt            weights of the U-Net
+    emasavedmodel_<rate>_<step>.pt their exponential moving average at that rate
+    optsavedmodel<step>.pt         the rest: AMN, ACN, optimiser, gradient scaler, timestep sampler, place in the data
+    savedmodel.pt                  the newest weights of the U-Net
+    flags.json                     the flags the model was built with
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from .errors import InputError
+
+FLAGS_FILE = "flags.json"
+NEWEST = "savedmodel.pt"
+
+
+def model_name(step):
+    return f"savedmodel{step:06d}.pt"
+
+
+def ema_name(rate, step):
+    return f"emasavedmodel_{rate}_{step:06d}.pt"
+
+
+def opt_name(step):
+    return f"optsavedmodel{step:06d}.pt"
+
+
+# ---- files, here or in a bucket ----
+
+def is_remote(path):
+    return "://" in str(path)
+
+
+def join(folder, name):
+    return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
+
+
+def folder_of(path):
+    return str(path).rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
+
+
+def _blobfile():
+    try:
+        import blobfile
+    except ImportError:
+        raise InputError("paths with :// need the package blobfile: pip install blobfile") from None
+    return blobfile
+
+
+def exists(path):
+    return _blobfile().exists(str(path)) if is_remote(path) else os.path.exists(path)
+
+
+def make_folder(folder, flag="--results_dir"):
+    """Create a results folder; raises InputError if nothing can be written there."""
+    if is_remote(folder):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe = Path(folder) / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
+
+
+def read_bytes(path):
+    if is_remote(path):
+        with _blobfile().BlobFile(str(path), "rb") as file:
+            return file.read()
+    return Path(path).read_bytes()
+
+
+def write_bytes(path, data):
+    """Write a file that appears whole or not at all."""
+    if is_remote(path):  # an object appears when its upload is complete
+        with _blobfile().BlobFile(str(path), "wb") as file:
+            file.write(data)
+        return
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def copy(source, target):
+    """Copy within a results folder; the target appears whole or not at all."""
+    if is_remote(source):
+        _blobfile().copy(str(source), str(target), overwrite=True)
+        return
+    target = Path(target)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---- checkpoints ----
+
+def save(path, state):
+    """Write tensors, numbers, strings and containers of them, as torch.save does."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load(path, flag="--model_path"):
+    """Read what `save` or any torch.save wrote, onto the CPU; weights only, so no code in the file can run.
+
+    :raises InputError: if the file is missing, truncated, or not a checkpoint.
+    """
+    if not exists(path):
+        raise InputError(f"{flag} {path}: no such file")
+    if not is_remote(path) and os.path.isdir(path):
+        raise InputError(f"{flag} {path}: is a folder; name the .pt file in it")
+    try:
+        return torch.load(io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises almost anything on a damaged file
+        reason = str(error).strip().split("\n")[0][:150]
+        raise InputError(f"{flag} {path}: is truncated, damaged, or not a checkpoint of weights"
+                         f" ({type(error).__name__}: {reason})") from None
+
+
+def load_model(model, path, flag="--model_path"):
+    """Load U-Net weights saved here, by the published code or by openai/guided-diffusion, with strict names.
+
+    :raises InputError: if they are another architecture's, naming what differs.
+    """
+    load_state(model, load(path, flag), f"{flag} {path}")
+
+
+def load_state(model, state, what):
+    """Load a state dict, with or without DDP's "module." before each name; InputError if it does not fit."""
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{what}: holds no model weights")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    own = model.state_dict()
+    wrong = [f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
+             for name in own if name in state and state[name].shape != own[name].shape]
+    missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
+    parts = ([f"{len(wrong)} of another shape ({wrong[0]})"] if wrong else [])
+    for names, kind in ((missing, "missing"), (extra, "unknown")):
+        parts += [f"{len(names)} {kind} ({min(names)})"] if names else []
+    if parts:
+        raise InputError(f"{what}: holds another architecture than the model flags describe: weights"
+                         f" {', '.join(parts)}; give the flags it was trained with")
+    model.load_state_dict(state)
+
+
+def steps_in(folder):
+    """The steps of all complete checkpoints of a folder, ascending."""
+    if is_remote(folder):
+        names = set(_blobfile().listdir(str(folder))) if exists(folder) else set()
+    else:
+        names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"savedmodel(\d{6,})\.pt", name))]
+    return sorted(step for step in steps if opt_name(step) in names)
+
+
+def step_of(path):
+    """The step in a checkpoint's name; for savedmodel.pt, the newest beside it; None if there is none."""
+    match = re.search(r"(\d{6,})\.pt$", str(path))
+    if match:
+        return int(match[1])
+    steps = steps_in(folder_of(path))
+    return steps[-1] if steps else None
+
+
+def save_flags(folder, flags):
+    write_bytes(join(folder, FLAGS_FILE), (json.dumps(flags, indent=2) + "\n").encode())
+
+
+def load_flags(folder):
+    """The flags stored in a results folder, {} if there are none."""
+    path = join(folder, FLAGS_FILE)
+    if not exists(path):
+        return {}
+    try:
+        flags = json.loads(read_bytes(path))
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}); repair it, or remove it and give the model flags") from None
+    if not isinstance(flags, dict):
+        raise InputError(f"{path}: does not hold flags; repair it, or remove it and give the model flags")
+    return flags
+
+
+def digest(path):
+    """SHA-256 of a file, as hex."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()

@@ -1,0 +1,118 @@
+"""Text and numbers of a run: to the terminal, log.txt, progress.csv, progress.json (JSON lines) and TensorBoard.
+
+Only rank 0 writes. Nothing here is set up by importing it; before `configure`, `log` prints.
+"""
+
+import csv
+import json
+import os
+import time
+from pathlib import Path
+
+
+class Logger:
+    def __init__(self, folder=None, enabled=True):
+        self.enabled = enabled
+        self.folder = Path(folder) if folder else None
+        self._text = self._json = self._board = None
+        self._start = time.time()
+        if enabled and folder:
+            os.makedirs(folder, exist_ok=True)
+            self._text = open(self.folder / "log.txt", "a", encoding="utf-8")
+            self._json = open(self.folder / "progress.json", "a", encoding="utf-8")
+            self._board = _tensorboard(self.folder / "tensorboard")
+
+    def log(self, *parts):
+        if self.enabled:
+            line = " ".join(map(str, parts))
+            print(line, flush=True)
+            self._write(line)
+
+    def dump(self, values, step):
+        """Write a dict of numbers for one step."""
+        if not self.enabled:
+            return
+        values = {"step": step, "seconds": round(time.time() - self._start, 3), **values}
+        table = _table(values)
+        print(table, flush=True)
+        self._write(table)
+        if self._json:
+            self._json.write(json.dumps(values) + "\n")
+            self._json.flush()
+            self._append_csv(values)
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self):
+        for file in (self._text, self._json, self._board):
+            if file:
+                file.close()
+        self._text = self._json = self._board = None
+
+    def _write(self, text):
+        if self._text:
+            self._text.write(text + "\n")
+            self._text.flush()
+
+    def _append_csv(self, values):
+        """Append a row; a column not seen before rewrites the file with it."""
+        path = self.folder / "progress.csv"
+        rows = []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                columns = list(reader.fieldnames or [])
+                if set(values) <= set(columns):
+                    rows = None
+                else:
+                    rows = list(reader)
+                    columns += [name for name in values if name not in columns]
+        else:
+            columns = list(values)
+        if rows is None:
+            with open(path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, columns).writerow(values)
+            return
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows([*rows, values])
+
+
+def _tensorboard(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+def _table(values):
+    cells = [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in values.items()]
+    left, right = (max(len(cell[i]) for cell in cells) for i in (0, 1))
+    rule = "-" * (left + right + 7)
+    return "\n".join([rule, *(f"| {name:<{left}} | {value:<{right}} |" for name, value in cells), rule])
+
+
+_current = Logger()
+
+
+def configure(folder=None, enabled=True):
+    """Send everything from here on to `folder` (None: the terminal only); `enabled` is False on ranks above 0."""
+    global _current
+    _current.close()
+    _current = Logger(folder, enabled)
+
+
+def log(*parts):
+    _current.log(*parts)
+
+
+def dump(values, step):
+    _current.dump(values, step)
+
+
+def close():
+    """Close the files; later lines go to the terminal."""
+    configure(enabled=_current.enabled)

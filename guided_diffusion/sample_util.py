@@ -1,0 +1,180 @@
+"""Drawing ensembles of masks for many cases in full batches, and writing them."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from . import checkpoint, montage, samplers
+
+THRESHOLD = 0.5  # the middle of the mask scaling
+
+
+class MemberNoise:
+    """Gaussian noise for a batch of ensemble members, each row from a generator of its own.
+
+    A member's noise follows from (seed, case name, number of the member) alone, so neither the batch size nor the
+    other rows nor the device change it.
+
+    :param members: one (case name, number) a row.
+    """
+
+    def __init__(self, seed, members):
+        digests = [hashlib.sha256(repr((seed, *member)).encode()).digest() for member in members]
+        self.generators = [np.random.default_rng(int.from_bytes(digest, "big")) for digest in digests]
+
+    def __call__(self, like):
+        """Fresh noise with the shape, dtype and device of `like`, [N, ...]."""
+        rows = [generator.standard_normal(like.shape[1:], dtype=np.float32) for generator in self.generators]
+        return torch.from_numpy(np.stack(rows)).to(like)
+
+
+class EnsembleSampler:
+    """Draws masks for scans from a denoiser.
+
+    :param model, diffusion: the U-Net in evaluation mode, on its device, and the (respaced) process to walk.
+    :param batch_size: rows of every network call. A batch that is not full is padded to it, since a network's
+        rounding depends on the shape of its batch: so a member is the same to the last bit whatever it is drawn with.
+    :param dtype: of autocast, None for float32.
+    """
+
+    def __init__(self, model, diffusion, *, batch_size=1, seed=0, use_ddim=False, ddim_eta=0.0, clip_denoised=True,
+                 dtype=None):
+        self.model, self.diffusion = model, diffusion
+        self.batch_size, self.seed = batch_size, seed
+        self.use_ddim, self.ddim_eta, self.clip_denoised, self.dtype = use_ddim, ddim_eta, clip_denoised, dtype
+        self.device = next(model.parameters()).device
+
+    def draw(self, images, members, on_step=lambda: None):
+        """x_0 of one batch, [N, H, W] float32 on the CPU; foreground is above 0.5.
+
+        :param images: [N, C, H, W] float in [0, 1]; members: one (case name, number) a row.
+        :param on_step: called after every network call.
+        """
+        noise = MemberNoise(self.seed, members)
+        images = images.to(self.device)
+        x = noise(torch.empty(len(images), 1, *images.shape[2:], device=self.device))
+        walk, options = samplers.ancestral, {}
+        if self.use_ddim:
+            walk, options = samplers.ddim, {"eta": self.ddim_eta}
+        precision = contextlib.nullcontext()
+        if self.dtype is not None:
+            precision = torch.autocast(self.device.type, self.dtype)
+        with precision:
+            for x_t, _ in walk(self.diffusion, self.model, x, noise=noise, clip_denoised=self.clip_denoised,
+                               model_kwargs={"image": images}, **options):
+                on_step()
+        return x_t[:, 0].cpu()
+
+    def ensembles(self, cases, num_ensemble, on_step=lambda: None):
+        """Draw num_ensemble members for each Case of an iterable; yields (case, samples [n, H, W] float32 array)
+        in the same order, each as soon as it is whole. Batches run across cases."""
+        waiting = []  # cases begun, each with the samples it has so far
+
+        def jobs():
+            for case in cases:
+                waiting.append((case, []))
+                for i in range(num_ensemble):
+                    yield waiting[-1], i
+
+        for batch in _batched(jobs(), self.batch_size):
+            rows = batch + [batch[-1]] * (self.batch_size - len(batch))
+            images = torch.from_numpy(np.stack([case.image for (case, _), _ in rows]))
+            x = self.draw(images, [(case.name, i) for (case, _), i in rows], on_step).numpy()
+            for ((_, samples), _), row in zip(batch, x):
+                samples.append(row)
+            while waiting and len(waiting[0][1]) == num_ensemble:
+                case, samples = waiting.pop(0)
+                yield case, np.stack(samples)
+
+
+def _batched(items, size):
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def to_masks(samples, median_blur=0):
+    """Samples [n, H, W] float -> masks [n, H, W] bool, each median-filtered with this odd side if it is above 1."""
+    masks = samples > THRESHOLD
+    if median_blur > 1:
+        smooth = ImageFilter.MedianFilter(median_blur)
+        masks = np.stack([np.asarray(_grey(mask).filter(smooth)) > 127 for mask in masks])
+    return masks
+
+
+# ---- files of a case ----
+
+def _grey(values):
+    """[H, W] in [0, 1] or bool -> an 8-bit picture."""
+    return Image.fromarray(np.round(np.clip(values, 0, 1) * 255.0).astype(np.uint8))
+
+
+def _png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def case_files(case_name, num_ensemble):
+    """Names of all files of a case; the last one is written last."""
+    return [*(f"{case_name}_output{i}.png" for i in range(num_ensemble)),
+            *(f"{case_name}_{kind}" for kind in ("mean.png", "std.png", "montage.png", "ensemble.npz"))]
+
+
+def write_case(folder, case, samples, median_blur=0, fingerprint=""):
+    """Write the ensemble of one case:
+
+    <case>_output<i>.png   member i, 0 or 255
+    <case>_mean.png        probability of foreground: 255 is 1
+    <case>_std.png         spread, the standard deviation over members: 255 is 0.5, the largest possible
+    <case>_montage.png     all of it, to look at
+    <case>_ensemble.npz    samples [n, H, W] float32 before the threshold, and the fingerprint of what drew them
+
+    :param samples: [n, H, W] float32. Members of an older, larger ensemble of the case are removed.
+    """
+    masks = to_masks(samples, median_blur)
+    if not checkpoint.is_remote(folder):
+        for name in os.listdir(folder):
+            match = re.fullmatch(re.escape(case.name) + r"_output(\d+)\.png", name)
+            if match and int(match[1]) >= len(masks):
+                os.unlink(os.path.join(folder, name))
+    pictures = [*map(_grey, masks), _grey(masks.mean(0)), _grey(2 * masks.std(0)),
+                montage.case_montage(case.name, case.image, case.masks, masks)]
+    *names, ensemble = case_files(case.name, len(masks))
+    for name, picture in zip(names, pictures):
+        checkpoint.write_bytes(checkpoint.join(folder, name), _png(picture))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, samples=samples.astype(np.float32), fingerprint=np.array(fingerprint))
+    checkpoint.write_bytes(checkpoint.join(folder, ensemble), buffer.getvalue())
+
+
+def fingerprint(case, **settings):
+    """A hash of a case's image and of everything else that decides its samples."""
+    text = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    text.update(case.image.tobytes())
+    return text.hexdigest()
+
+
+def is_complete(folder, case_name, num_ensemble, wanted):
+    """Whether all files of a case are there, from the settings with the fingerprint `wanted`."""
+    paths = [checkpoint.join(folder, name) for name in case_files(case_name, num_ensemble)]
+    if not all(map(checkpoint.exists, paths)):
+        return False
+    try:
+        with np.load(io.BytesIO(checkpoint.read_bytes(paths[-1])), allow_pickle=False) as stored:
+            return str(stored["fingerprint"]) == wanted and len(stored["samples"]) == num_ensemble
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile):
+        return False

@@ -1,0 +1,403 @@
+"""Flags -> objects, and the single table of all flags."""
+
+import argparse
+import difflib
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from . import checkpoint, dist_util
+from .distribution import AxisAlignedConvGaussian
+from .errors import InputError
+from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .respace import SpacedDiffusion, space_timesteps
+from .unet import SegmentationUNet
+
+NUM_CLASSES = 1000  # class labels of a class-conditional model, as in guided-diffusion
+
+
+class Flag(NamedTuple):
+    name: str
+    type: Any  # int, float, str, bool, or a tuple of the words allowed
+    default: Any
+    help: str
+    group: str
+
+
+FLAGS = [
+    Flag("image_size", int, 64, "side of images and masks in pixels; the U-Net halves it once a level", "model"),
+    Flag("image_channels", int, 4, "channels of the scan; a single-channel image is repeated (published: 4)", "model"),
+    Flag("num_channels", int, 128, "channels at full resolution, a multiple of 32; the cost grows with its square",
+         "model"),
+    Flag("num_res_blocks", int, 2, "residual blocks a level", "model"),
+    Flag("channel_mult", str, "", "channels of each level as multiples of num_channels, as in 1,2,3,4; sizes 64, 128,"
+         " 256 and 512 have a default", "model"),
+    Flag("num_heads", int, 4, "attention heads", "model"),
+    Flag("num_heads_upsample", int, -1, "attention heads on the way up (-1: num_heads)", "model"),
+    Flag("num_head_channels", int, -1, "channels of one attention head, instead of num_heads (-1: off)", "model"),
+    Flag("attention_resolutions", str, "16,8", "sides of the feature maps that get attention", "model"),
+    Flag("dropout", float, 0.0, "dropout in the residual blocks, 0 to 1", "model"),
+    Flag("class_cond", bool, False, "condition on a class label; from Python only, since the data hold no classes",
+         "model"),
+    Flag("use_checkpoint", bool, False, "recompute activations in the backward pass: less memory, a third slower",
+         "model"),
+    Flag("use_scale_shift_norm", bool, True, "let the timestep scale and shift the norms (else it is added)", "model"),
+    Flag("resblock_updown", bool, False, "change resolution in residual blocks, not by strided convolutions", "model"),
+    Flag("use_new_attention_order", bool, False, "order of q, k, v in attention weights; must be the checkpoint's",
+         "model"),
+    Flag("use_fp16", bool, False, "half precision with loss scaling, CUDA only", "model"),
+    Flag("use_bf16", bool, False, "bfloat16, CUDA or CPU; needs no loss scaling", "model"),
+
+    Flag("input_channels_dist", int, 1, "image channels that AMN and ACN see (the first ones)", "encoders"),
+    Flag("num_filters", str, "32,64,128,192", "filters of each block of AMN and ACN", "encoders"),
+    Flag("no_convs_per_block", int, 3, "convolutions a block of AMN and ACN", "encoders"),
+    Flag("latent_dim", int, 6, "dimensions of their latent Gaussian", "encoders"),
+    Flag("kl_weight", float, 0.001, "weight of KL(AMN || ACN) in the loss; 0 trains the plain diffusion ensemble,"
+         " without AMN and ACN", "encoders"),
+
+    Flag("learn_sigma", bool, False, "learn the variance of each denoising step, too", "diffusion"),
+    Flag("diffusion_steps", int, 1000, "timesteps of the diffusion process", "diffusion"),
+    Flag("noise_schedule", ("linear", "cosine"), "linear", "how noise grows with the timestep", "diffusion"),
+    Flag("timestep_respacing", str, "", 'use fewer timesteps: "250" evenly, "10,15,20" a third each, "ddim25" at a'
+         ' whole stride; "" uses all', "diffusion"),
+    Flag("use_kl", bool, False, "train on the variational bound instead of the squared error", "diffusion"),
+    Flag("predict_xstart", bool, False, "predict the mask instead of the noise", "diffusion"),
+    Flag("rescale_timesteps", bool, False, "hand the U-Net timesteps scaled to 0..1000", "diffusion"),
+    Flag("rescale_learned_sigmas", bool, False, "scale the variance's loss by diffusion_steps / 1000", "diffusion"),
+
+    Flag("data_dir", str, "./data/training", "folder with one folder a case: image_<n>.jpg, label0_.jpg, ...",
+         "training"),
+    Flag("schedule_sampler", ("uniform", "loss-second-moment"), "uniform", "which timesteps training draws: all alike,"
+         " or more of those with a large loss", "training"),
+    Flag("lr", float, 1e-4, "learning rate of AdamW", "training"),
+    Flag("weight_decay", float, 0.0, "weight decay of AdamW", "training"),
+    Flag("lr_anneal_steps", int, 0, "bring the learning rate linearly to 0 over so many steps, then stop (0: constant)",
+         "training"),
+    Flag("max_steps", int, 0, "stop after so many steps (0: go on until stopped with Ctrl-C)", "training"),
+    Flag("batch_size", int, 1, "examples per process and step", "training"),
+    Flag("microbatch", int, -1, "split each batch into parts of this size to save memory; the result is the same"
+         " (-1: do not)", "training"),
+    Flag("ema_rate", str, "0.9999", "rates of the moving averages of the weights, separated by commas", "training"),
+    Flag("log_interval", int, 100, "steps between lines of the log", "training"),
+    Flag("save_interval", int, 5000, "steps between checkpoints", "training"),
+    Flag("resume_checkpoint", str, "", 'go on from this savedmodel<step>.pt ("": from the newest in the results folder'
+         ' if there is one)', "training"),
+    Flag("fp16_scale_growth", float, 1e-3, "growth of the loss scale a step with --use_fp16, as a power of 2",
+         "training"),
+
+    Flag("data_dir", str, "./data/testing", "folder with one folder a case: image_<n>.jpg, and labels if there are any",
+         "sampling"),
+    Flag("model_path", str, "", 'weights to sample from: savedmodel*.pt or emasavedmodel*.pt ("": the newest in the'
+         ' results folder)', "sampling"),
+    Flag("num_ensemble", int, 5, "masks to draw for each case", "sampling"),
+    Flag("num_samples", int, 0, "sample the first so many cases (0: all)", "sampling"),
+    Flag("batch_size", int, 1, "masks drawn at once, across cases and members", "sampling"),
+    Flag("clip_denoised", bool, True, "clip the predicted mask to its range at every step", "sampling"),
+    Flag("use_ddim", bool, False, "sample with DDIM instead of ancestral steps", "sampling"),
+    Flag("ddim_eta", float, 0.0, "noise of DDIM: 0 deterministic, 1 as much as ancestral steps", "sampling"),
+    Flag("median_blur", int, 0, "smooth each mask with a median filter of this odd side (0: do not)", "sampling"),
+
+    Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of another size than image_size",
+         "files and processes"),
+    Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
+         " $OPENAI_LOGDIR, else ./results)", "files and processes"),
+    Flag("seed", int, 0, "seed of everything random", "files and processes"),
+    Flag("visdom_port", int, 8097, "port of the Visdom server to draw on (0: none)", "files and processes"),
+    Flag("ngpu", int, 0, "start so many processes on this machine, one a GPU (0: as the launcher did)",
+         "files and processes"),
+    Flag("local_rank", int, None, "set by old launchers", "files and processes"),
+]
+
+# These change how the network is run or trained, not what it is; they may differ from the stored ones.
+_FREE = {"dropout", "use_checkpoint", "use_fp16", "use_bf16", "timestep_respacing"}
+_GROUP_TITLES = {
+    "model": "the U-Net", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
+    "diffusion": "the diffusion process",
+}
+
+
+def defaults(*groups):
+    """Defaults of the flags of these groups, as a dict."""
+    return {flag.name: flag.default for flag in FLAGS if flag.group in groups}
+
+
+def model_and_diffusion_defaults():
+    """Defaults of everything that create_model_and_diffusion takes."""
+    return defaults("model", "diffusion")
+
+
+def stored_flags(args):
+    """Those flags of a training run that a checkpoint's reader must know, as a dict."""
+    names = defaults("model", "diffusion", "encoders").keys() - _FREE
+    return {flag.name: getattr(args, flag.name) for flag in FLAGS if flag.name in names}
+
+
+def apply_stored_flags(args, given, stored, where):
+    """Set those of args that the user did not give to what is stored in the results folder `where`.
+
+    :raises InputError: if a flag was given, and otherwise than stored.
+    """
+    clash = [f"--{name} {value} (there: {stored[name]})" for name, value in given.items()
+             if name in stored and stored[name] != value]
+    if clash:
+        raise InputError(f"{', '.join(clash)}: not what the model in {where} was built with; leave the flag(s) away,"
+                         f" or use another folder")
+    for name, value in stored.items():
+        if hasattr(args, name):
+            setattr(args, name, value)
+
+
+# ---- the command line ----
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def _boolean(text):
+    if text.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def _parser(job, description):
+    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False,
+                     usage="%(prog)s [--flag VALUE ...]")
+    groups = {}
+    for flag in FLAGS:
+        if flag.group in ("training", "encoders", "sampling") and flag.group not in job:
+            continue
+        if flag.group not in groups:
+            groups[flag.group] = parser.add_argument_group(_GROUP_TITLES.get(flag.group, flag.group))
+        options = {"default": argparse.SUPPRESS, "help": flag.help}
+        if flag.default not in ("", None):
+            options["help"] += f" (default: {flag.default})"
+        if isinstance(flag.type, tuple):
+            options["choices"] = flag.type
+        else:
+            options["type"] = _boolean if flag.type is bool else flag.type
+            options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
+        names = ["--local_rank", "--local-rank"] if flag.name == "local_rank" else ["--" + flag.name]
+        groups[flag.group].add_argument(*names, **options)
+    return parser
+
+
+def parse_flags(job, description, argv=None):
+    """Read the command line of a script.
+
+    :param job: the groups of the table that belong to this script only: ("training", "encoders") or ("sampling",).
+    :returns: all flags as a namespace, and the dict of those that were given.
+    :raises InputError: for a flag that does not exist, naming the nearest that does, or a bad value.
+    """
+    parser = _parser(job, description)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(word, flags, 1, 0.6)
+        raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    given = vars(known)
+    args = SimpleNamespace(**{**defaults("model", "diffusion", "files and processes", *job), **given})
+    _check_ranges(args, given)
+    return args, given
+
+
+_AT_LEAST = {
+    "batch_size": 1, "num_ensemble": 1, "num_samples": 0, "max_steps": 0, "lr_anneal_steps": 0, "log_interval": 1,
+    "save_interval": 1, "diffusion_steps": 1, "image_channels": 1, "num_res_blocks": 1, "num_heads": 1,
+    "latent_dim": 1, "no_convs_per_block": 1, "input_channels_dist": 1, "kl_weight": 0, "weight_decay": 0,
+    "visdom_port": 0, "ngpu": 0, "seed": 0, "median_blur": 0, "lr": 0, "ddim_eta": 0, "dropout": 0,
+}
+
+
+def _check_ranges(args, given):
+    values = vars(args)
+    for name, least in _AT_LEAST.items():
+        if name in values and not values[name] >= least:
+            raise InputError(f"--{name} {values[name]}: must be at least {least}")
+    if values.get("median_blur") and values["median_blur"] % 2 == 0:
+        raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
+    if "ddim_eta" in given and not args.use_ddim:
+        raise InputError("--ddim_eta: only DDIM has it; give --use_ddim True, too")
+    if values.get("ddim_eta", 0) > 1 or values["dropout"] >= 1:
+        raise InputError("--ddim_eta must be at most 1 and --dropout below 1")
+    if values.get("microbatch", -1) != -1 and values["microbatch"] < 1:
+        raise InputError(f"--microbatch {args.microbatch}: must be at least 1, or -1 for whole batches")
+    if args.class_cond:
+        raise InputError("--class_cond True: cases hold no class labels; use create_model(class_cond=True) from Python")
+    if args.use_fp16 and args.use_bf16:
+        raise InputError("--use_fp16 and --use_bf16: choose one")
+    if "ema_rate" in values:
+        for rate in args.ema_rate.split(","):
+            if not 0 <= _number(float, rate, "ema_rate") < 1:
+                raise InputError(f"--ema_rate {rate}: must be at least 0 and below 1")
+
+
+def results_folder(args):
+    """The folder to write to: --results_dir, else $OPENAI_LOGDIR, else ./results.
+
+    :raises InputError: if it is plain beforehand that nothing can be written there. Creates nothing.
+    """
+    folder = args.results_dir or os.environ.get("OPENAI_LOGDIR") or "./results"
+    if not checkpoint.is_remote(folder):
+        parent = os.path.abspath(folder)
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+        if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+            raise InputError(f"--results_dir {folder}: cannot be written; give another folder")
+    return folder
+
+
+def run_script(main):
+    """Run a script's main(); an InputError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        parsing = not dist_util.dist.is_initialized() and dist_util.launch_rank() > 0
+        if not parsing and (dist_util.rank() == 0 or not error.on_every_rank):
+            print(f"{sys.argv[0]}: error: {error}", file=sys.stderr, flush=True)
+        dist_util.cleanup()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    dist_util.cleanup()
+
+
+# ---- flags -> objects ----
+
+def _complete(flags, known):
+    unknown = flags.keys() - known.keys()
+    if unknown:
+        raise TypeError(f"unknown flags: {', '.join(sorted(unknown))}")
+    return SimpleNamespace(**{**known, **flags})
+
+
+def _number(kind, text, flag):
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"--{flag} {text}: is not a list of numbers separated by commas") from None
+
+
+def _numbers(kind, text, flag):
+    return [_number(kind, part, flag) for part in str(text).split(",")] if text else []
+
+
+_CHANNEL_MULTS = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
+
+
+def create_model(**flags):
+    """The segmentation U-Net from the model flags and learn_sigma; those left out take their defaults.
+
+    :returns: a SegmentationUNet, called as model(x_t, timesteps, image=image).
+    :raises InputError: for flags that make no U-Net, naming them.
+    """
+    f = _complete(flags, {**defaults("model"), "learn_sigma": False})
+    mult = _numbers(float, f.channel_mult, "channel_mult") or _CHANNEL_MULTS.get(f.image_size)
+    if not mult:
+        raise InputError(f"--image_size {f.image_size}: only {', '.join(map(str, sorted(_CHANNEL_MULTS)))} have a"
+                         f" default --channel_mult; give it, as in 1,2,3,4")
+    factor = 2 ** (len(mult) - 1)
+    if f.image_size < 1 or f.image_size % factor:
+        raise InputError(f"--image_size {f.image_size}: a U-Net of {len(mult)} levels needs a multiple of {factor};"
+                         f" change it or --channel_mult")
+    widths = [int(m * f.num_channels) for m in mult]
+    if any(width < 32 or width % 32 for width in widths):
+        raise InputError(f"--num_channels {f.num_channels} with --channel_mult {','.join(f'{m:g}' for m in mult)}:"
+                         f" every level needs a multiple of 32 channels")
+    sides = [f.image_size >> level for level in range(len(mult))]
+    attention = _numbers(int, f.attention_resolutions, "attention_resolutions")
+    never = [side for side in attention if side not in sides]
+    if never:
+        raise InputError(f"--attention_resolutions {f.attention_resolutions}: no feature map has the side {never[0]};"
+                         f" they are {', '.join(map(str, sides))}")
+    attended = [w for w, side in zip(widths, sides) if side in attention] + widths[-1:]
+    for width in attended:
+        heads = {f.num_heads, f.num_heads if f.num_heads_upsample == -1 else f.num_heads_upsample}
+        if f.num_head_channels != -1:
+            if f.num_head_channels < 1 or width % f.num_head_channels:
+                raise InputError(f"--num_head_channels {f.num_head_channels}: does not divide {width} channels")
+        elif any(h < 1 or width % h for h in heads):
+            raise InputError(f"--num_heads {f.num_heads}, --num_heads_upsample {f.num_heads_upsample}: do not divide"
+                             f" {width} channels")
+    return SegmentationUNet(
+        image_size=f.image_size, in_channels=f.image_channels + 1, model_channels=f.num_channels,
+        out_channels=2 if f.learn_sigma else 1, num_res_blocks=f.num_res_blocks,
+        attention_resolutions=[f.image_size // side for side in attention], dropout=f.dropout, channel_mult=mult,
+        num_classes=NUM_CLASSES if f.class_cond else None, use_checkpoint=f.use_checkpoint, num_heads=f.num_heads,
+        num_head_channels=f.num_head_channels, num_heads_upsample=f.num_heads_upsample,
+        use_scale_shift_norm=f.use_scale_shift_norm, resblock_updown=f.resblock_updown,
+        use_new_attention_order=f.use_new_attention_order)
+
+
+def autocast_dtype(args):
+    """The dtype of --use_fp16 or --use_bf16, None for float32; InputError for float16 without CUDA."""
+    if args.use_fp16 and not torch.cuda.is_available():
+        raise InputError("--use_fp16 True: half precision needs CUDA; on a CPU give --use_bf16 True instead")
+    return torch.float16 if args.use_fp16 else torch.bfloat16 if args.use_bf16 else None
+
+
+def create_gaussian_diffusion(**flags):
+    """The diffusion process of masks from the diffusion flags; those left out take their defaults.
+
+    `steps` is accepted for diffusion_steps.
+
+    :raises InputError: for flags that make no process, naming them.
+    """
+    if "steps" in flags:
+        flags["diffusion_steps"] = flags.pop("steps")
+    f = _complete(flags, defaults("diffusion"))
+    try:
+        betas = get_named_beta_schedule(f.noise_schedule, f.diffusion_steps)
+    except ValueError as error:
+        raise InputError(f"--diffusion_steps {f.diffusion_steps}: {error}") from None
+    try:
+        use_timesteps = space_timesteps(f.diffusion_steps, f.timestep_respacing)
+    except ValueError as error:
+        raise InputError(f"--timestep_respacing {f.timestep_respacing}: {error}") from None
+    if f.use_kl:
+        loss_type = LossType.RESCALED_KL
+    else:
+        loss_type = LossType.RESCALED_MSE if f.rescale_learned_sigmas else LossType.MSE
+    return SpacedDiffusion(
+        use_timesteps, betas=betas, loss_type=loss_type, rescale_timesteps=f.rescale_timesteps,
+        model_mean_type=ModelMeanType.START_X if f.predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.LEARNED_RANGE if f.learn_sigma else ModelVarType.FIXED_LARGE)
+
+
+def create_model_and_diffusion(**flags):
+    """Both of the above from all model and diffusion flags."""
+    f = vars(_complete(flags, model_and_diffusion_defaults()))
+    model = create_model(**{name: f[name] for name in defaults("model")}, learn_sigma=f["learn_sigma"])
+    return model, create_gaussian_diffusion(**{name: f[name] for name in defaults("diffusion")})
+
+
+def create_encoders(**flags):
+    """AMN (posterior) and ACN (prior) from the encoder flags and image_channels; (None, None) if kl_weight is 0."""
+    f = _complete(flags, {**defaults("encoders"), "image_channels": defaults("model")["image_channels"]})
+    if not f.kl_weight:
+        return None, None
+    if f.input_channels_dist > f.image_channels:
+        raise InputError(f"--input_channels_dist {f.input_channels_dist}: the image has --image_channels"
+                         f" {f.image_channels}")
+    filters = _numbers(int, f.num_filters, "num_filters")
+    if not filters or min(filters) < 1:
+        raise InputError(f"--num_filters {f.num_filters}: needs one positive number a block")
+    return tuple(AxisAlignedConvGaussian(f.input_channels_dist, filters, f.no_convs_per_block, f.latent_dim)
+                 for _ in range(2))
+
+
+def pick(args, *groups):
+    """The flags of these groups out of a namespace, as a dict for the functions above."""
+    return {name: getattr(args, name) for name in defaults(*groups)}

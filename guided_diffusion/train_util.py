@@ -1,0 +1,313 @@
+"""One training step, and the loop around it."""
+
+import contextlib
+import copy
+import hashlib
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributions import kl_divergence
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from . import checkpoint, dist_util, logger
+from .nn import update_ema
+
+
+class CIMD(nn.Module):
+    """U-Net, AMN and ACN with their joint loss (CIMD, section 3): one module, so that DDP wraps it once.
+
+    :param model: the denoiser, called as model(x_t, timesteps, image=image).
+    :param posterior: AMN, q(z | image, rater's mask); None trains the denoiser alone.
+    :param prior: ACN, p(z | image, predicted mask).
+    """
+
+    def __init__(self, diffusion, model, posterior=None, prior=None, kl_weight=0.0):
+        super().__init__()
+        self.diffusion, self.kl_weight = diffusion, kl_weight
+        self.model, self.posterior, self.prior = model, posterior, prior
+
+    def forward(self, image, mask, t, noise):
+        """image: [N, C, H, W] in [0, 1]; mask x_0, noise: [N, 1, H, W]; t: [N].
+
+        Returns a dict of losses [N]: loss = mse + vb + kl_weight * kl, and its parts.
+        """
+        terms = self.diffusion.training_losses(self.model, mask, t, model_kwargs={"image": image}, noise=noise)
+        pred_xstart = terms.pop("pred_xstart")
+        if self.posterior is not None:
+            # the noisier x_t, the wilder the unclipped prediction of a noise-predicting network
+            pred_mask = pred_xstart.clamp(*self.diffusion.x_range)
+            terms["kl"] = kl_divergence(self.posterior(image, mask), self.prior(image, pred_mask))
+            terms["loss"] = terms["loss"] + self.kl_weight * terms["kl"]
+        return terms
+
+
+class TrainLoop:
+    """Trains a CIMD module on a stream of batches, logs, and saves.
+
+    Everything random in a step (order, rater, timestep, noise) follows from the seed and the examples' places in the
+    stream, so a run does not depend on how many processes share it, and resumes as if it had never stopped. The
+    moving averages cover the U-Net, the only network that sampling uses.
+
+    :param cimd: the CIMD module, on its device.
+    :param data: a datasets.ShuffledCases.
+    :param batch_size: examples of this process in one step; microbatch: -1 or the size of the parts it is split into.
+    :param ema_rates: rates as strings, as they appear in file names.
+    :param max_steps, lr_anneal_steps: 0 for no end and no annealing; the loop ends at the first that is not 0.
+    :param dtype: torch.float16 or bfloat16 for autocast, None for float32.
+    :param fp16_scale_growth: log2 of the loss scale's growth each step (float16 only).
+    """
+
+    def __init__(self, *, cimd, data, schedule_sampler, batch_size, results_dir, monitor, microbatch=-1, lr=1e-4,
+                 weight_decay=0.0, lr_anneal_steps=0, max_steps=0, ema_rates=("0.9999",), log_interval=100,
+                 save_interval=5000, dtype=None, fp16_scale_growth=1e-3, seed=0):
+        self.cimd, self.data, self.schedule_sampler = cimd, data, schedule_sampler
+        self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
+        self.global_batch = batch_size * dist_util.world_size()
+        self.results_dir, self.monitor = results_dir, monitor
+        self.lr, self.lr_anneal_steps = lr, lr_anneal_steps
+        self.end = min([n for n in (max_steps, lr_anneal_steps) if n], default=0)
+        self.log_interval, self.save_interval = log_interval, save_interval
+        self.dtype, self.seed = dtype, seed
+        self.device = next(cimd.parameters()).device
+
+        self.optimizer = torch.optim.AdamW(cimd.parameters(), lr=lr, weight_decay=weight_decay)
+        # float16 as in guided-diffusion: a scale of 2**20 that grows a little each step and halves on overflow
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=2.0 ** 20, growth_factor=2.0 ** fp16_scale_growth, growth_interval=1,
+            enabled=dtype == torch.float16)
+        self.ema = {rate: copy.deepcopy(cimd.model).requires_grad_(False).eval() for rate in ema_rates}
+        self.step = 0
+        self.position = 0  # of the next example in the stream
+        self.ddp = cimd
+        if dist.is_initialized():
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.ddp = DistributedDataParallel(cimd, device_ids=ids)
+        self.meter = _Meter(cimd.diffusion.num_timesteps, self.device)
+
+    # ---- one step ----
+
+    def run_step(self, image, mask, position):
+        """One optimiser step on this rank's batch: image [N, C, H, W], mask [N, 1, H, W], position [N]."""
+        image, mask = (x.to(self.device, non_blocking=True) for x in (image, mask))
+        uniforms, noise = self._randomness(position.tolist(), mask)
+        t, weights = (x.to(self.device) for x in self.schedule_sampler.sample(uniforms))
+        losses = self.forward_backward(image, mask, t, weights, noise)
+        self.optimize()
+        if self.schedule_sampler.learns:
+            self.schedule_sampler.update(dist_util.all_gather(t), dist_util.all_gather(losses))
+        self.step += 1
+        self.position += self.global_batch
+
+    def forward_backward(self, image, mask, t, weights, noise):
+        """Accumulate the gradient of the mean loss of the batch, one microbatch at a time. Returns losses [N]."""
+        self.optimizer.zero_grad()
+        losses = []
+        for start in range(0, len(image), self.microbatch):
+            part = slice(start, start + self.microbatch)
+            last = start + self.microbatch >= len(image)
+            wait = self.ddp.no_sync() if self.ddp is not self.cimd and not last else contextlib.nullcontext()
+            with wait:
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                    terms = self.ddp(image[part], mask[part], t[part], noise[part])
+                loss = (terms["loss"] * weights[part]).sum() / len(image)
+                self.scaler.scale(loss).backward()
+            self.meter.add(t[part], {name: (value * weights[part]).detach() for name, value in terms.items()})
+            losses.append(terms["loss"].detach())
+        return torch.cat(losses)
+
+    def optimize(self):
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for rate, ema in self.ema.items():
+            update_ema(list(ema.parameters()), list(self.cimd.model.parameters()), float(rate))
+
+    def learning_rate(self):
+        """The learning rate of the next step."""
+        left = 1 - self.step / self.lr_anneal_steps if self.lr_anneal_steps else 1
+        return self.lr * max(left, 0)
+
+    def _randomness(self, positions, mask):
+        """For each example: a uniform number in [0, 1) that picks its timestep, [N] float64, and its noise."""
+        generator = torch.Generator(self.device)
+        uniforms, noise = [], torch.empty_like(mask)
+        for row, position in zip(noise, positions):
+            generator.manual_seed(_hash(self.seed, position))
+            row.normal_(generator=generator)
+            uniforms.append(_hash(self.seed, position, "t") / 2 ** 63)
+        torch.manual_seed(_hash(self.seed, positions[0], "dropout"))
+        return uniforms, noise
+
+    # ---- the loop ----
+
+    def run_loop(self):
+        """Train until the end, or until a signal asks to stop, and save what was reached.
+
+        Returns the signal that stopped it, or None.
+        """
+        batches = self.data.batches(self.batch_size, dist_util.rank(), dist_util.world_size(), self.position,
+                                    pin_memory=self.device.type == "cuda")
+        stop_agreed, saved = dist_util.StopFlag(), self.step
+        bar = tqdm(total=self.end or None, initial=self.step, desc="training", unit=" steps", dynamic_ncols=True,
+                   disable=None if dist_util.rank() == 0 else True)
+        self.cimd.train()
+        with _SignalsNoted() as signals, bar:
+            self.meter.restart()
+            while not (self.end and self.step >= self.end) and not stop_agreed(bool(signals.received)):
+                image, mask, position = next(batches)
+                self.run_step(image, mask, position)
+                bar.update()
+                if self.step % self.log_interval == 0 or self.step == self.end:
+                    self.log(image, mask)
+                if self.step % self.save_interval == 0:
+                    self.save()
+                    saved = self.step
+            if self.step > saved:
+                self.save()
+        return signals.received
+
+    def log(self, image, mask):
+        values = self.meter.read()
+        values.update(lr=self.learning_rate(), samples=self.position)
+        if self.scaler.is_enabled():
+            values["grad_scale"] = self.scaler.get_scale()
+        with tqdm.external_write_mode():
+            logger.dump(values, self.step)
+        if self.monitor.active:
+            self.monitor.curves(self.step, {k: values[k] for k in ("loss", "mse", "vb", "kl") if k in values})
+            self._show_batch(image[:4].to(self.device), mask[:4].to(self.device))
+
+    @torch.no_grad()
+    def _show_batch(self, image, mask):
+        """Draw images, masks, and the network's guess of the mask from half-way noise."""
+        diffusion = self.cimd.diffusion
+        t = torch.full((len(mask),), diffusion.num_timesteps // 2, device=self.device)
+        x_t = diffusion.q_sample(mask, t)
+        self.cimd.eval()
+        guess = diffusion.p_mean_variance(self.cimd.model, x_t, t, model_kwargs={"image": image})["pred_xstart"]
+        self.cimd.train()
+        self.monitor.pictures("image", image[:, :1])
+        self.monitor.pictures("rater's mask", mask)
+        self.monitor.pictures("prediction", guess, f"of x_0 at t = {t[0].item()}")
+
+    # ---- checkpoints ----
+
+    def save(self):
+        """Write the checkpoint of this step; savedmodel.pt, which says that it is whole, comes last."""
+        if dist_util.rank() == 0:
+            def path(name):
+                return checkpoint.join(self.results_dir, name)
+
+            rest = {"step": self.step, "position": self.position, "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(), "schedule_sampler": self.schedule_sampler.state_dict()}
+            if self.cimd.posterior is not None:
+                rest.update(posterior=self.cimd.posterior.state_dict(), prior=self.cimd.prior.state_dict())
+            checkpoint.save(path(checkpoint.opt_name(self.step)), rest)
+            for rate, ema in self.ema.items():
+                checkpoint.save(path(checkpoint.ema_name(rate, self.step)), ema.state_dict())
+            checkpoint.save(path(checkpoint.model_name(self.step)), self.cimd.model.state_dict())
+            checkpoint.copy(path(checkpoint.model_name(self.step)), path(checkpoint.NEWEST))
+            logger.log(f"saved step {self.step} in {self.results_dir}")
+        dist_util.barrier()
+
+    def resume(self, model_path):
+        """Go on from savedmodel<step>.pt and the files of the same step beside it.
+
+        Weights alone (of the published code, say) start with fresh optimiser, encoders and averages, and say so.
+        """
+        checkpoint.load_model(self.cimd.model, model_path, "--resume_checkpoint")
+        folder, step = checkpoint.folder_of(model_path), checkpoint.step_of(model_path)
+        for rate, ema in self.ema.items():
+            ema_path = checkpoint.join(folder, checkpoint.ema_name(rate, step or 0))
+            if step is not None and checkpoint.exists(ema_path):
+                checkpoint.load_model(ema, ema_path, "--resume_checkpoint")
+            else:
+                logger.log(f"no moving average at rate {rate} beside {model_path}: it starts from the weights")
+                ema.load_state_dict(self.cimd.model.state_dict())
+        opt_path = checkpoint.join(folder, checkpoint.opt_name(step or 0))
+        if step is None or not checkpoint.exists(opt_path):
+            logger.log(f"no {checkpoint.opt_name(step or 0)} beside {model_path}: optimiser, AMN and ACN start afresh")
+            self.step = step or 0
+            self.position = self.step * self.global_batch
+            return
+        rest = checkpoint.load(opt_path, "--resume_checkpoint")
+        self.step, self.position = rest["step"], rest["position"]
+        if self.cimd.posterior is not None and "posterior" in rest:
+            checkpoint.load_state(self.cimd.posterior, rest["posterior"], opt_path)
+            checkpoint.load_state(self.cimd.prior, rest["prior"], opt_path)
+        self.optimizer.load_state_dict(rest["optimizer"])
+        if self.scaler.is_enabled() and rest["scaler"]:
+            self.scaler.load_state_dict(rest["scaler"])
+        self.schedule_sampler.load_state_dict(rest["schedule_sampler"])
+        logger.log(f"resumed at step {self.step} from {model_path}")
+
+
+class _Meter:
+    """Means of the losses since the last reading, over all ranks, also by quartile of the timestep (_q0 .. _q3).
+
+    Sums stay on the device; only reading waits for it.
+    """
+
+    def __init__(self, num_timesteps, device):
+        self.num_timesteps, self.device = num_timesteps, device
+        self.restart()
+
+    def restart(self):
+        self.sums, self.examples = {}, 0
+        self.counts = torch.zeros(4, device=self.device)
+        self.since = time.perf_counter()
+
+    def add(self, t, losses):
+        quartile = t * 4 // self.num_timesteps
+        self.counts.index_add_(0, quartile, torch.ones_like(t, dtype=torch.float32))
+        for name, values in losses.items():
+            total = self.sums.setdefault(name, torch.zeros(4, device=self.device))
+            total.index_add_(0, quartile, values.float())
+        self.examples += len(t)
+
+    def read(self):
+        """A dict of floats; starts anew."""
+        table = torch.stack([self.counts, *self.sums.values()])
+        if dist.is_initialized():
+            dist.all_reduce(table)
+        counts, *sums = table.tolist()
+        values = {}
+        for name, total in zip(self.sums, sums):
+            values[name] = sum(total) / max(sum(counts), 1)
+            values.update({f"{name}_q{i}": s / n for i, (s, n) in enumerate(zip(total, counts)) if n})
+        seconds = time.perf_counter() - self.since
+        values["images_per_second"] = self.examples * dist_util.world_size() / max(seconds, 1e-9)
+        self.restart()
+        return values
+
+
+class _SignalsNoted(contextlib.AbstractContextManager):
+    """Inside, SIGINT and SIGTERM are only noted, in `received`; a second one, a while later, acts at once."""
+
+    def __enter__(self):
+        self.received, self._when = None, 0.0
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        now = time.monotonic()
+        if self.received and now - self._when > 2:  # launchers pass on what the terminal has already sent
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self._when = signal.Signals(number), now
+            if dist_util.rank() == 0:
+                print("\nfinishing this step, then saving; once more to leave without saving", flush=True)
+
+
+def _hash(*parts):
+    """A number in 0 .. 2**63 - 1 from anything, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

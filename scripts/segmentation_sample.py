@@ -1,0 +1,83 @@
+"""Draw an ensemble of plausible outlines for every case of a folder, and write masks and pictures.
+
+    python scripts/segmentation_sample.py --data_dir ./data/testing --num_ensemble 4
+
+The flags of the model are read from flags.json beside the checkpoint. Started on several GPUs, each takes its share
+of the cases. Cases that are already complete from the same model, flags and seed are skipped.
+"""
+
+import os
+import shlex
+import sys
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+from guided_diffusion import checkpoint, dist_util, logger, sample_util
+from guided_diffusion.datasets import SegmentationCases
+from guided_diffusion.monitor import Monitor
+from guided_diffusion.script_util import (
+    apply_stored_flags, autocast_dtype, create_model_and_diffusion, parse_flags, pick, results_folder, run_script,
+)
+
+
+def main():
+    args, given = parse_flags(("sampling",), __doc__)
+    dist_util.setup_dist(args.ngpu, args.local_rank)
+    rank, world_size = dist_util.rank(), dist_util.world_size()
+
+    with dist_util.all_ranks_or_none():
+        folder = results_folder(args)
+        model_path = args.model_path or checkpoint.join(folder, checkpoint.NEWEST)
+        stored = checkpoint.load_flags(checkpoint.folder_of(model_path))
+        apply_stored_flags(args, given, stored, checkpoint.folder_of(model_path))
+        dtype = autocast_dtype(args)
+        model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
+        checkpoint.load_model(model, model_path)
+        cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit, need_labels=False,
+                                  limit=args.num_samples, progress=rank == 0)
+        checkpoint.make_folder(folder)
+
+    settings = {**pick(args, "model", "diffusion"), "model": checkpoint.digest(model_path), "seed": args.seed,
+                "use_ddim": args.use_ddim, "ddim_eta": args.ddim_eta, "clip_denoised": args.clip_denoised,
+                "median_blur": args.median_blur}
+    prints = {}
+    for i in range(rank, len(cases), world_size):
+        case = cases[i]
+        prints[i] = sample_util.fingerprint(case, **settings)
+        if sample_util.is_complete(folder, case.name, args.num_ensemble, prints[i]):
+            del prints[i]
+    todo = sum(dist_util.all_gather_objects(len(prints)))
+
+    logger.configure(enabled=rank == 0)
+    logger.log("command:", shlex.join(sys.argv))
+    logger.log(f"{len(cases)} cases from {args.data_dir}, {len(cases) - todo} of them already complete in {folder};"
+               f" {args.num_ensemble} masks each, {diffusion.num_timesteps} network calls a mask,"
+               f" {world_size} process(es) on {dist_util.dev()}")
+
+    # no batch is larger than all there is to draw, whatever is already done and however many processes share it
+    batch_size = min(args.batch_size, len(cases) * args.num_ensemble)
+    sampler = sample_util.EnsembleSampler(
+        model.to(dist_util.dev()).eval(), diffusion, batch_size=batch_size, seed=args.seed, use_ddim=args.use_ddim,
+        ddim_eta=args.ddim_eta, clip_denoised=args.clip_denoised, dtype=dtype)
+    monitor = Monitor(args.visdom_port if rank == 0 else 0, env=os.path.basename(os.path.abspath(folder)))
+    calls = -(-len(prints) * args.num_ensemble // batch_size) * diffusion.num_timesteps
+    start = time.perf_counter()
+    with tqdm(total=calls, desc="sampling", unit=" calls", dynamic_ncols=True,
+              disable=None if rank == 0 else True) as bar:
+        ensembles = sampler.ensembles((cases[i] for i in prints), args.num_ensemble, bar.update)
+        for i, (case, samples) in zip(prints, ensembles):
+            sample_util.write_case(folder, case, samples, args.median_blur, prints[i])
+            monitor.pictures("scan", torch.from_numpy(case.image[None, :1]), case.name)
+            monitor.pictures("ensemble", torch.from_numpy(samples[:8, None]), case.name)
+    monitor.close()
+    dist_util.barrier()
+
+    seconds, masks = time.perf_counter() - start, todo * args.num_ensemble
+    logger.log(f"{todo} cases, {masks} masks" + (f", {seconds / masks:.3g} seconds per mask" if masks else "")
+               + f"; look at {checkpoint.join(folder, '*_montage.png')}")
+
+
+if __name__ == "__main__":
+    run_script(main)

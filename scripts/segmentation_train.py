@@ -1,0 +1,98 @@
+"""Train a diffusion model that draws as many plausible expert outlines of a scan as you ask for.
+
+Alone, or on several GPUs:
+
+    python scripts/segmentation_train.py --data_dir ./data/training --image_size 128 --max_steps 1000 ...
+    python -m torch.distributed.launch --nproc_per_node=2 scripts/segmentation_train.py ...
+
+Running the same command again goes on where it stopped. Ctrl-C saves before it leaves.
+"""
+
+import os
+import shlex
+import sys
+
+import torch
+
+from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion.datasets import SegmentationCases, ShuffledCases
+from guided_diffusion.monitor import Monitor
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.script_util import (
+    apply_stored_flags, autocast_dtype, create_encoders, create_model_and_diffusion, parse_flags, pick, results_folder,
+    run_script, stored_flags,
+)
+from guided_diffusion.train_util import CIMD, TrainLoop
+
+
+def main():
+    args, given = parse_flags(("training", "encoders"), __doc__)
+    dist_util.setup_dist(args.ngpu, args.local_rank)
+
+    with dist_util.all_ranks_or_none():
+        folder = results_folder(args)
+        resume_from, stored = find_run(args, folder)
+        apply_stored_flags(args, given, stored, resume_from)
+        dtype = autocast_dtype(args)
+        torch.manual_seed(args.seed)
+        model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
+        posterior, prior = create_encoders(**pick(args, "encoders"), image_channels=args.image_channels)
+        cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
+                                  progress=dist_util.rank() == 0)
+        checkpoint.make_folder(folder)
+
+    logger.configure(local_folder(folder), enabled=dist_util.rank() == 0)
+    world_size = dist_util.world_size()
+    logger.log("command:", shlex.join(sys.argv))
+    logger.log(f"{len(cases)} cases from {args.data_dir}; U-Net of {count(model):.1f} million parameters;"
+               f" {world_size} process(es) on {dist_util.dev()}")
+    logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
+
+    loop = TrainLoop(
+        cimd=CIMD(diffusion, model, posterior, prior, args.kl_weight).to(dist_util.dev()),
+        data=ShuffledCases(cases, args.seed),
+        schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion.num_timesteps),
+        batch_size=args.batch_size, microbatch=args.microbatch, lr=args.lr, weight_decay=args.weight_decay,
+        lr_anneal_steps=args.lr_anneal_steps, max_steps=args.max_steps, ema_rates=args.ema_rate.split(","),
+        log_interval=args.log_interval, save_interval=args.save_interval, results_dir=folder, dtype=dtype,
+        fp16_scale_growth=args.fp16_scale_growth, seed=args.seed,
+        monitor=Monitor(args.visdom_port if dist_util.rank() == 0 else 0, os.path.basename(os.path.abspath(folder))),
+    )
+    if resume_from:
+        with dist_util.all_ranks_or_none():
+            loop.resume(resume_from)
+    if dist_util.rank() == 0:
+        checkpoint.save_flags(folder, stored_flags(args))
+
+    stopped_by = loop.run_loop()
+    loop.monitor.close()
+    logger.log(f"at step {loop.step}; sample from it: python scripts/segmentation_sample.py --data_dir <scans>"
+               f" --model_path {checkpoint.join(folder, checkpoint.NEWEST)}")
+    logger.close()
+    if stopped_by:
+        dist_util.cleanup()
+        sys.exit(128 + stopped_by)
+
+
+def find_run(args, folder):
+    """The checkpoint to go on from (None: start anew) and the flags stored beside it."""
+    resume_from = args.resume_checkpoint
+    if not resume_from:
+        steps = checkpoint.steps_in(folder)
+        if not steps:
+            return None, {}
+        resume_from = checkpoint.join(folder, checkpoint.model_name(steps[-1]))
+    return resume_from, checkpoint.load_flags(checkpoint.folder_of(resume_from))
+
+
+def local_folder(folder):
+    """Where the log goes: beside the checkpoints, or to $OPENAI_LOGDIR if those go to a bucket."""
+    return os.environ.get("OPENAI_LOGDIR") if checkpoint.is_remote(folder) else folder
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+if __name__ == "__main__":
+    run_script(main)
