@@ -7,6 +7,7 @@ case are its channels, in the order of their names. Any number of raters from 1 
 
 import os
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -118,7 +119,7 @@ class SegmentationCases(torch.utils.data.Dataset):
             raise InputError(f"{files.folder}: no image (a file called image_<n>.jpg or .png)")
         if not files.labels and self.need_labels:
             raise InputError(f"{files.folder}: no labels (files called label0_.jpg, label1_.jpg, ... or .png)")
-        image = np.concatenate([_read_image(path) for path in files.images])
+        image = _join_channels([_read_image(path) for path in files.images], files.images)
         if len(image) not in (1, self.image_channels):
             raise InputError(f"{files.images[0]}: {len(image)} channels in the image(s) of this case, but"
                              f" --image_channels is {self.image_channels}")
@@ -181,7 +182,12 @@ class ShuffledCases(torch.utils.data.Dataset):
 
         workers = 0 if self.cases.in_memory else min(4, os.cpu_count() or 1)
         return iter(torch.utils.data.DataLoader(self, batch_sampler=positions(), num_workers=workers,
-                                                pin_memory=pin_memory))
+                                                pin_memory=pin_memory, worker_init_fn=_ignore_interrupts))
+
+
+def _ignore_interrupts(worker):
+    """Ctrl-C reaches every process of a terminal; what to do about it is the training loop's decision."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def find_cases(data_dir):
@@ -234,6 +240,17 @@ def _read_image(path):
             return pixels[None, ..., 0]
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
     return pixels[None]
+
+
+def _join_channels(parts, paths):
+    """The pictures [c, H, W] of one case -> one, [C, H, W]; 8 bits beside 16 are widened, 255 becoming 65535."""
+    for part, path in zip(parts, paths):
+        if part.shape[1:] != parts[0].shape[1:]:
+            raise InputError(f"{path}: is {part.shape[2]} x {part.shape[1]} pixels, but the first image of its case,"
+                             f" {paths[0].name}, is {parts[0].shape[2]} x {parts[0].shape[1]}")
+    if len({part.dtype for part in parts}) > 1:
+        parts = [part * np.uint16(257) if part.dtype == np.uint8 else part for part in parts]
+    return np.concatenate(parts)
 
 
 def _read_label(path, size, image_path):

@@ -33,9 +33,11 @@ def setup_dist(ngpu=0, local_rank=None):
         raise InputError(f"--ngpu {ngpu}, but the launcher started {world_size} process(es); leave --ngpu away")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible;"
-                             f" start at most that many (--nproc_per_node)")
+        # asked of the number of processes, not of this one's own GPU: rank 0, which speaks to the user, must see it too
+        processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
+        if processes > torch.cuda.device_count():
+            raise InputError(f"{processes} processes on a machine with {torch.cuda.device_count()} GPU(s) visible;"
+                             f" start at most that many (--nproc_per_node, or --ngpu)")
         torch.cuda.set_device(local_rank)
     elif world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets 1 where the user sets none
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

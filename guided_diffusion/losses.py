@@ -12,6 +12,16 @@ def normal_kl(mean1, log_variance1, mean2, log_variance2):
                   + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
 
 
+def log_ndtr(z):
+    """log P(Z <= z) of a standard normal.
+
+    The gradient of torch.special.log_ndtr fails far out in float32: 4 % off at z = -1000, 0 or infinite from -3e4 on.
+    """
+    negative = z.clamp(max=0)
+    tail = torch.log(torch.special.erfcx(negative * -0.5 ** 0.5) / 2) - negative ** 2 / 2
+    return torch.where(z < 0, tail, torch.special.log_ndtr(z.clamp(min=0)))
+
+
 def discretized_gaussian_log_likelihood(x, mean, log_std, x_range=(0.0, 1.0), levels=2):
     """Log-probability of the discrete value x when a Gaussian is cut into bins (Ho et al. 2020, eq. 13).
 
@@ -26,11 +36,11 @@ def discretized_gaussian_log_likelihood(x, mean, log_std, x_range=(0.0, 1.0), le
     # log(Phi(upper) - Phi(lower)) on the side of the mean where neither is near 1, so that no digits cancel.
     flip = lower > 0
     upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    log_upper, log_lower = log_ndtr(upper), log_ndtr(lower)
     gap = (log_lower - log_upper).clamp(max=-1e-6)  # a bin so thin that both ends round to one value
     inner = log_upper + torch.log(-torch.expm1(gap))
-    first = torch.special.log_ndtr((x + half_bin - mean) * torch.exp(-log_std))
-    last = torch.special.log_ndtr(-(x - half_bin - mean) * torch.exp(-log_std))
+    first = log_ndtr((x + half_bin - mean) * torch.exp(-log_std))
+    last = log_ndtr(-(x - half_bin - mean) * torch.exp(-log_std))
     return torch.where(x <= low + half_bin, first, torch.where(x >= high - half_bin, last, inner))
 
 

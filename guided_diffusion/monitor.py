@@ -62,9 +62,10 @@ class Monitor:
             thread_done.wait(timeout)
 
     def _put(self, method, **kwargs):
-        if self.active:
+        jobs = self._queue  # the sending thread may give up at any moment
+        if jobs is not None:
             try:
-                self._queue.put_nowait((method, kwargs))
+                jobs.put_nowait((method, kwargs))
             except queue.Full:
                 pass  # the server is slow: a picture less
 

@@ -80,6 +80,6 @@ class LossSecondMomentResampler(ScheduleSampler):
         return {"history": torch.from_numpy(self.history.copy()), "counts": torch.from_numpy(self.counts.copy())}
 
     def load_state_dict(self, state):
-        if state:
+        if state and state["history"].shape == self.history.shape:
             self.history = state["history"].numpy().copy()
             self.counts = state["counts"].numpy().copy()

@@ -152,6 +152,8 @@ class TrainLoop:
         """
         batches = self.data.batches(self.batch_size, dist_util.rank(), dist_util.world_size(), self.position,
                                     pin_memory=self.device.type == "cuda")
+        if self.end and self.step >= self.end:
+            logger.log(f"step {self.step} is reached already; more --max_steps (or --lr_anneal_steps) would go on")
         stop_agreed, saved = dist_util.StopFlag(), self.step
         bar = tqdm(total=self.end or None, initial=self.step, desc="training", unit=" steps", dynamic_ncols=True,
                    disable=None if dist_util.rank() == 0 else True)
@@ -230,12 +232,15 @@ class TrainLoop:
                 logger.log(f"no moving average at rate {rate} beside {model_path}: it starts from the weights")
                 ema.load_state_dict(self.cimd.model.state_dict())
         opt_path = checkpoint.join(folder, checkpoint.opt_name(step or 0))
-        if step is None or not checkpoint.exists(opt_path):
-            logger.log(f"no {checkpoint.opt_name(step or 0)} beside {model_path}: optimiser, AMN and ACN start afresh")
+        rest = None
+        if step is not None and checkpoint.exists(opt_path):
+            rest = checkpoint.load(opt_path, "--resume_checkpoint")
+        if not isinstance(rest, dict) or "position" not in rest:  # none, or the published code's for its U-Net alone
+            logger.log(f"no {checkpoint.opt_name(step or 0)} of this code beside {model_path}: optimiser, AMN and ACN"
+                       f" start afresh")
             self.step = step or 0
             self.position = self.step * self.global_batch
             return
-        rest = checkpoint.load(opt_path, "--resume_checkpoint")
         self.step, self.position = rest["step"], rest["position"]
         if self.cimd.posterior is not None and "posterior" in rest:
             checkpoint.load_state(self.cimd.posterior, rest["posterior"], opt_path)

@@ -36,6 +36,8 @@ def main():
         dtype = autocast_dtype(args)
         torch.manual_seed(args.seed)
         model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
+        if resume_from:  # once more below, with all that belongs to it; here so that a bad file leaves no trace
+            checkpoint.load_model(model, resume_from, "--resume_checkpoint")
         posterior, prior = create_encoders(**pick(args, "encoders"), image_channels=args.image_channels)
         cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
                                   progress=dist_util.rank() == 0)

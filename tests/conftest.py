@@ -1,0 +1,118 @@
+"""What the tests share: small data sets, the flags of a small model, and scripts run inside the test's process."""
+
+import io
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)  # threads only wait for each other in networks this small, above all on a busy machine
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--image_size", "16", "--num_channels", "32", "--channel_mult", "1,2", "--num_res_blocks", "1",
+        "--attention_resolutions", "8", "--num_heads", "1", "--diffusion_steps", "30"]
+
+
+@pytest.fixture
+def tiny():
+    """Flags of a U-Net and a diffusion process that train and sample in a moment."""
+    return list(TINY)
+
+
+@pytest.fixture
+def make_cases():
+    """A maker of data folders: blobs on noise, each rater's a little different.
+
+    make_cases(folder, count=2, raters=2, size=16, suffix=".png") writes case0, case1, ... and returns the folder;
+    raters may be a list with one number a case.
+    """
+
+    def make(folder, count=2, raters=2, size=16, suffix=".png", seed=0):
+        rng = np.random.default_rng(seed)
+        y, x = np.mgrid[:size, :size]
+        for i in range(count):
+            case = Path(folder) / f"case{i}"
+            case.mkdir(parents=True)
+            centre = rng.uniform(0.35, 0.65, 2) * size
+            distance = np.hypot(y - centre[0], x - centre[1]) / size
+            image = np.clip(200 * (distance < 0.25) + rng.uniform(0, 55, (size, size)), 0, 255)
+            save(case / f"image_{i}{suffix}", image)
+            for rater in range(raters if isinstance(raters, int) else raters[i]):
+                save(case / f"label{rater}_{suffix}", 255 * (distance < 0.2 + 0.05 * rater))
+        return Path(folder)
+
+    def save(path, pixels):
+        options = {} if path.suffix == ".png" else {"quality": 95}
+        Image.fromarray(pixels.astype(np.uint8)).save(path, **options)
+
+    return make
+
+
+@pytest.fixture
+def environment():
+    """The environment for a process of its own that imports the library from this checkout."""
+    env = {name: value for name, value in os.environ.items() if name not in ("OPENAI_LOGDIR", "OMP_NUM_THREADS")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    return env
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """run("segmentation_train.py", *flags) runs a script as its command line would, in this process and in tmp_path.
+
+    Returns code, out and err. Nothing is drawn on a Visdom server unless the flags ask for it.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+
+    def call(script, *flags):
+        path = str(ROOT / "scripts" / script)
+        quiet = [] if "--visdom_port" in flags else ["--visdom_port", "0"]
+        monkeypatch.setattr(sys, "argv", [path, *map(str, flags), *quiet])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An object store in memory in the place of those that blobfile reaches: url -> bytes."""
+    import blobfile
+
+    store = {}
+
+    class Writer(io.BytesIO):
+        def __init__(self, path):
+            super().__init__()
+            self.path = path
+
+        def close(self):  # an object appears when its upload is complete
+            store[self.path] = self.getvalue()
+            super().close()
+
+    def listdir(path):
+        return [name.removeprefix(path + "/") for name in store if name.startswith(path + "/")]
+
+    def copy(source, target, overwrite=False):
+        assert overwrite or target not in store
+        store[target] = store[source]
+
+    monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode: (
+        Writer(path) if mode == "wb" else io.BytesIO(store[path])))
+    monkeypatch.setattr(blobfile, "exists", lambda path: path in store or bool(listdir(path)))
+    monkeypatch.setattr(blobfile, "listdir", listdir)
+    monkeypatch.setattr(blobfile, "copy", copy)
+    return store

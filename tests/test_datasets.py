@@ -1,0 +1,474 @@
+"""Files on disk become images and raters' masks, and whatever is wrong with them is said at once."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion import datasets
+from guided_diffusion.datasets import SegmentationCases, ShuffledCases
+from guided_diffusion.errors import InputError
+
+SIZE = 16
+
+
+@pytest.fixture
+def disc():
+    y, x = np.mgrid[:SIZE, :SIZE]
+    return np.hypot(y - 8, x - 7) < 5
+
+
+@pytest.fixture
+def grey():
+    """A scan that uses the whole 8-bit range."""
+    return np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE)
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    picture.save(path, **options)
+
+
+def as_label(mask):
+    return mask.astype(np.uint8) * 255
+
+
+def same(a, b):
+    return a.name == b.name and np.array_equal(a.image, b.image) and np.array_equal(a.masks, b.masks)
+
+
+def problems_of(*args, **kwargs):
+    with pytest.raises(InputError) as caught:
+        SegmentationCases(*args, **kwargs)
+    return str(caught.value)
+
+
+# ---- the layout ----
+
+def test_published_layout_is_read(tmp_path, grey, disc):
+    save(tmp_path / "0001" / "image_1.jpg", grey, quality=95)
+    for rater in range(4):
+        save(tmp_path / "0001" / f"label{rater}_.jpg", as_label(np.roll(disc, rater, 0)), quality=95)
+    case, = SegmentationCases(tmp_path, SIZE)
+    assert case.name == "0001"
+    assert case.image.shape == (4, SIZE, SIZE) and case.image.dtype == np.float32
+    assert np.abs(case.image - grey / 255).max() < 0.05 and (case.image == case.image[:1]).all()
+    assert case.masks.dtype == bool and case.masks.shape == (4, SIZE, SIZE)
+    for rater, mask in enumerate(case.masks):
+        assert np.array_equal(mask, np.roll(disc, rater, 0))
+
+
+def test_foreground_of_a_jpeg_label_is_what_lies_above_half_of_full_scale(tmp_path, grey, disc):
+    save(tmp_path / "a" / "image_1.jpg", grey)
+    path = tmp_path / "a" / "label0_.jpg"
+    save(path, as_label(disc), quality=85)
+    stored = np.asarray(Image.open(path))
+    ringing = (stored > 0) & (stored < 128)
+    assert ringing.sum() > 10 and stored[ringing].min() <= 20 and stored.max() > 200  # the file does ring
+    mask = SegmentationCases(tmp_path, SIZE)[0].masks[0]
+    assert np.array_equal(mask, stored > 127) and np.array_equal(mask, disc)
+
+
+@pytest.mark.parametrize("top, full", [(np.uint8, 255), (np.uint16, 65535)])
+def test_threshold_is_exactly_half_of_full_scale(tmp_path, grey, top, full):
+    label = np.full((SIZE, SIZE), full // 2, dtype=top)
+    label[3, 4] = full // 2 + 1
+    save(tmp_path / "a" / "image_1.png", grey)
+    save(tmp_path / "a" / "label0_.png", label)
+    assert np.argwhere(SegmentationCases(tmp_path, SIZE)[0].masks[0]).tolist() == [[3, 4]]
+
+
+def test_png_scan_is_read_exactly(tmp_path, grey, disc):
+    save(tmp_path / "a" / "image_1.png", grey)
+    save(tmp_path / "a" / "label0_.png", as_label(disc))
+    case = SegmentationCases(tmp_path, SIZE, image_channels=1)[0]
+    np.testing.assert_allclose(case.image[0], grey / 255, atol=1e-7)
+    assert case.image.min() == 0 and case.image.max() == 1
+
+
+def test_sixteen_bit_scan_spans_zero_to_one(tmp_path, disc):
+    pixels = np.linspace(0, 65535, SIZE * SIZE).round().astype(np.uint16).reshape(SIZE, SIZE)
+    save(tmp_path / "a" / "image_1.png", pixels)
+    save(tmp_path / "a" / "label0_.png", as_label(disc))
+    image = SegmentationCases(tmp_path, SIZE)[0].image
+    np.testing.assert_allclose(image, np.broadcast_to(pixels / 65535, image.shape), atol=1e-7)
+    assert image.max() == 1 and len(np.unique(image)) == SIZE * SIZE
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("value", [0, 255])
+def test_pictures_of_every_mode_are_read_alike(tmp_path, disc, mode, value):
+    picture = Image.fromarray(as_label(disc)).convert(mode)
+    if "A" in mode:  # whatever the transparency
+        picture.putalpha(Image.fromarray(np.full((SIZE, SIZE), value, np.uint8)))
+    save(tmp_path / "a" / "image_1.png", picture)
+    save(tmp_path / "a" / "label0_.png", picture)
+    case = SegmentationCases(tmp_path, SIZE)[0]
+    assert np.array_equal(case.image, np.repeat(disc[None].astype(np.float32), 4, 0))
+    assert np.array_equal(case.masks, disc[None])
+
+
+def test_label_painted_in_one_colour_counts(tmp_path, grey, disc):
+    colours = np.zeros((SIZE, SIZE, 3), np.uint8)
+    colours[disc, 0] = 255
+    save(tmp_path / "a" / "image_1.png", grey)
+    save(tmp_path / "a" / "label0_.png", Image.fromarray(colours).quantize())
+    assert np.array_equal(SegmentationCases(tmp_path, SIZE)[0].masks[0], disc)
+
+
+def test_colour_scan_has_three_channels(tmp_path, disc):
+    colours = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    save(tmp_path / "a" / "image_1.png", colours)
+    save(tmp_path / "a" / "label0_.png", as_label(disc))
+    np.testing.assert_allclose(SegmentationCases(tmp_path, SIZE, 3)[0].image, colours.transpose(2, 0, 1) / 255,
+                               atol=1e-7)
+    message = problems_of(tmp_path, SIZE, 4)
+    assert "image_1.png" in message and "3 channels" in message and "--image_channels is 4" in message
+
+
+def test_suffix_and_kind_may_be_upper_case(tmp_path, grey, disc):
+    save(tmp_path / "a" / "Image_1.JPG", grey, format="JPEG")
+    save(tmp_path / "a" / "LABEL0_.PNG", as_label(disc), format="PNG")
+    save(tmp_path / "a" / "label1_.jpeg", as_label(~disc), format="JPEG", quality=95)
+    masks = SegmentationCases(tmp_path, SIZE)[0].masks
+    assert np.array_equal(masks, [disc, ~disc])
+
+
+def test_label2_comes_before_label10(tmp_path, grey):
+    order = [0, 2, 3, 10, 11]
+    save(tmp_path / "a" / "image_1.png", grey)
+    for number in order:
+        mask = np.zeros((SIZE, SIZE), bool)
+        mask[number] = True
+        save(tmp_path / "a" / f"label{number}_.png", as_label(mask))
+    masks = SegmentationCases(tmp_path, SIZE)[0].masks
+    assert [int(mask.any(1).argmax()) for mask in masks] == order
+
+
+def test_several_image_files_are_channels_in_the_order_of_their_names(tmp_path, disc):
+    for number in (3, 1, 4, 2):
+        save(tmp_path / "a" / f"image_{number}.png", np.full((SIZE, SIZE), number, np.uint8))
+    save(tmp_path / "a" / "label0_.png", as_label(disc))
+    image = SegmentationCases(tmp_path, SIZE)[0].image
+    np.testing.assert_allclose(image[:, 0, 0] * 255, [1, 2, 3, 4], atol=1e-4)
+
+
+def test_channels_of_8_and_16_bits_may_be_mixed(tmp_path, disc):
+    save(tmp_path / "a" / "image_1.png", np.full((SIZE, SIZE), 51, np.uint8))
+    save(tmp_path / "a" / "image_2.png", np.full((SIZE, SIZE), 32768, np.uint16))
+    save(tmp_path / "a" / "label0_.png", as_label(disc))
+    image = SegmentationCases(tmp_path, SIZE, image_channels=2)[0].image
+    np.testing.assert_allclose(image[:, 0, 0], [0.2, 32768 / 65535], atol=1e-6)
+
+
+def test_channels_of_different_sizes_are_refused_by_name(tmp_path, grey, disc):
+    save(tmp_path / "a" / "image_1.png", grey)
+    save(tmp_path / "a" / "image_2.png", grey[:8])
+    save(tmp_path / "a" / "label0_.png", as_label(disc))
+    message = problems_of(tmp_path, SIZE, 2)
+    assert "image_2.png" in message and "16 x 8" in message and "16 x 16" in message
+
+
+def test_number_of_channels_of_the_files_must_fit(tmp_path, grey, disc):
+    for number in (1, 2):
+        save(tmp_path / "a" / f"image_{number}.png", grey)
+    save(tmp_path / "a" / "label0_.png", as_label(disc))
+    assert SegmentationCases(tmp_path, SIZE, 2)[0].image.shape[0] == 2
+    assert "2 channels" in problems_of(tmp_path, SIZE, 4)
+
+
+@pytest.mark.parametrize("raters", [1, 2, 3, 4, 5])
+def test_any_number_of_raters(make_cases, tmp_path, raters):
+    cases = SegmentationCases(make_cases(tmp_path, 1, raters), SIZE)
+    assert cases[0].masks.shape == (raters, SIZE, SIZE)
+
+
+def test_cases_may_differ_in_their_number_of_raters(make_cases, tmp_path):
+    cases = SegmentationCases(make_cases(tmp_path, 3, raters=[1, 4, 2]), SIZE)
+    assert [len(case.masks) for case in cases] == [1, 4, 2]
+
+
+def test_nested_cases_are_named_by_their_path(make_cases, tmp_path):
+    make_cases(tmp_path / "patient 1" / "left", 2)
+    make_cases(tmp_path / "patient 2", 1)
+    names = [case.name for case in SegmentationCases(tmp_path, SIZE)]
+    assert names == ["patient 1_left_case0", "patient 1_left_case1", "patient 2_case0"]
+
+
+def test_two_folders_that_make_one_name_are_refused(make_cases, tmp_path):
+    make_cases(tmp_path / "a", 1)
+    make_cases(tmp_path / "b", 1)
+    (tmp_path / "b" / "case0").rename(tmp_path / "a_case0")
+    (tmp_path / "b").rmdir()
+    message = problems_of(tmp_path, SIZE)
+    assert "same case" in message and "a_case0" in message and str(tmp_path / "a" / "case0") in message
+
+
+def test_names_may_hold_spaces_and_any_letters(make_cases, tmp_path):
+    make_cases(tmp_path, 2)
+    (tmp_path / "case0").rename(tmp_path / "Fall 7 (größer)")
+    (tmp_path / "case1").rename(tmp_path / "病例 二")
+    assert [case.name for case in SegmentationCases(tmp_path, SIZE)] == ["Fall 7 (größer)", "病例 二"]
+
+
+def test_hidden_and_other_files_are_ignored(make_cases, tmp_path, grey):
+    make_cases(tmp_path, 1, raters=2)
+    case = tmp_path / "case0"
+    np.savez(case / "truth.npz", x=1)
+    (case / "notes.txt").write_text("label9_")
+    (case / "._image_0.png").write_bytes(b"not a picture")
+    (case / ".label7_.png").write_bytes(b"not a picture")
+    save(case / "preview_0.png", grey[:3])
+    save(case / "labels.png", grey[:3])
+    save(tmp_path / ".thumbnails" / "image_1.png", grey[:3])
+    (tmp_path / "README.txt").write_text("about")
+    case, = SegmentationCases(tmp_path, SIZE)
+    assert case.masks.shape == (2, SIZE, SIZE)
+
+
+def test_empty_masks_are_fine(tmp_path, grey):
+    nothing = np.zeros((SIZE, SIZE), np.uint8)
+    save(tmp_path / "a" / "image_1.png", grey)
+    save(tmp_path / "a" / "label0_.png", nothing)
+    save(tmp_path / "a" / "label1_.jpg", nothing)
+    nothing[4, 4] = 12  # ringing that an editor left behind
+    save(tmp_path / "a" / "label2_.jpg", nothing, quality=100)
+    assert not SegmentationCases(tmp_path, SIZE)[0].masks.any()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_masks_saved_as_0_and_1_are_refused_with_the_remedy(tmp_path, grey, disc, dtype):
+    save(tmp_path / "a" / "image_1.png", grey)
+    save(tmp_path / "a" / "label0_.png", disc.astype(dtype))
+    message = problems_of(tmp_path, SIZE)
+    full = np.iinfo(dtype).max
+    assert "label0_.png" in message and f"its brightest value is 1 of {full}" in message
+    assert f"write masks as 0 and {full}" in message
+
+
+# ---- other sizes ----
+
+@pytest.mark.parametrize("fit", ["resize", "crop"])
+def test_fit_leaves_images_of_the_right_size_alone(make_cases, tmp_path, fit):
+    make_cases(tmp_path, 2)
+    assert all(map(same, SegmentationCases(tmp_path, SIZE, fit=fit), SegmentationCases(tmp_path, SIZE)))
+
+
+def test_crop_takes_the_central_square_of_image_and_masks(tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (20, 31), dtype=np.uint8)
+    label = rng.random((20, 31)) < 0.5
+    save(tmp_path / "a" / "image_1.png", image)
+    save(tmp_path / "a" / "label0_.png", as_label(label))
+    case = SegmentationCases(tmp_path, SIZE, fit="crop")[0]
+    np.testing.assert_allclose(case.image[0], image[2:18, 7:23] / 255, atol=1e-7)
+    assert np.array_equal(case.masks[0], label[2:18, 7:23])
+
+
+def test_crop_of_a_smaller_image_is_refused(make_cases, tmp_path):
+    make_cases(tmp_path, 1, size=12)
+    message = problems_of(tmp_path, SIZE, fit="crop")
+    assert "12 x 12" in message and "--fit resize" in message
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(32, 32), (8, 8), (48, 20)])
+def test_resize_scales_image_and_masks_to_the_square(tmp_path, dtype, shape):
+    y, x = np.mgrid[:shape[0], :shape[1]]
+    full = np.iinfo(dtype).max
+    image = (x / (shape[1] - 1) * full).astype(dtype)
+    lower = y >= shape[0] // 2
+    save(tmp_path / "a" / "image_1.png", image)
+    save(tmp_path / "a" / "label0_.png", as_label(lower))
+    case = SegmentationCases(tmp_path, SIZE, image_channels=1, fit="resize")[0]
+    assert case.image.shape == (1, SIZE, SIZE)
+    assert np.abs(case.image[0] - np.linspace(0, 1, SIZE)).max() < 0.08
+    assert np.array_equal(case.masks[0], np.repeat(np.arange(SIZE) >= 8, SIZE).reshape(SIZE, SIZE))
+
+
+def test_resize_fits_every_channel_and_cases_without_labels(tmp_path):
+    save(tmp_path / "a" / "image_1.png", np.full((40, 40, 3), (10, 20, 30), np.uint8))
+    case = SegmentationCases(tmp_path, SIZE, 3, fit="resize", need_labels=False)[0]
+    np.testing.assert_allclose(case.image[:, 5, 5] * 255, [10, 20, 30], atol=1e-4)
+    assert case.masks.shape == (0, SIZE, SIZE)
+
+
+def test_unknown_fit_is_refused(make_cases, tmp_path):
+    assert "--fit stretch" in problems_of(make_cases(tmp_path), SIZE, fit="stretch")
+
+
+# ---- what is asked of a data set ----
+
+def test_labels_are_optional_only_where_they_are_not_needed(make_cases, tmp_path):
+    make_cases(tmp_path, 2, raters=[0, 2])
+    cases = SegmentationCases(tmp_path, SIZE, need_labels=False)
+    assert [case.masks.shape for case in cases] == [(0, SIZE, SIZE), (2, SIZE, SIZE)]
+    message = problems_of(tmp_path, SIZE)
+    assert "case0" in message and "no labels" in message and "case1" not in message
+
+
+def test_limit_takes_the_first_cases_and_looks_at_no_others(make_cases, tmp_path):
+    make_cases(tmp_path, 3)
+    (tmp_path / "case2" / "image_2.png").write_bytes(b"")
+    assert [case.name for case in SegmentationCases(tmp_path, SIZE, limit=2)] == ["case0", "case1"]
+
+
+def test_data_dir_that_is_missing_empty_or_itself_a_case_is_refused(make_cases, tmp_path):
+    assert "no such folder" in problems_of(tmp_path / "nowhere", SIZE)
+    (tmp_path / "empty").mkdir()
+    assert "holds no case" in problems_of(tmp_path / "empty", SIZE)
+    make_cases(tmp_path / "data", 1)
+    assert "each case is a folder" in problems_of(tmp_path / "data" / "case0", SIZE)
+    (tmp_path / "file").write_text("")
+    assert "no such folder" in problems_of(tmp_path / "file", SIZE)
+
+
+def test_every_problem_is_reported_at_once_file_by_file(make_cases, tmp_path, grey):
+    make_cases(tmp_path, 6, suffix=".jpg")
+    truncated = tmp_path / "case0" / "image_0.jpg"
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    save(tmp_path / "case1" / "label1_.jpg", grey[:8])
+    (tmp_path / "case2" / "image_2.jpg").unlink()
+    for label in (tmp_path / "case3").glob("label*"):
+        label.unlink()
+    save(tmp_path / "case4" / "image_4.jpg", np.zeros((24, 32), np.uint8))
+    for label in (tmp_path / "case4").glob("label*"):
+        save(label, np.zeros((24, 32), np.uint8))
+    first, *lines = problems_of(tmp_path, SIZE).split("\n")
+    assert first == f"5 problems in {tmp_path}:"
+    expected = [(truncated, "cannot be read"), (tmp_path / "case1" / "label1_.jpg", "16 x 8 pixels"),
+                (tmp_path / "case2", "no image"), (tmp_path / "case3", "no labels"),
+                (tmp_path / "case4" / "image_4.jpg", "is 32 x 24 pixels, but --image_size is 16")]
+    assert len(lines) == len(expected)
+    for line, (path, reason) in zip(lines, expected):
+        assert line.strip().startswith(f"{path}:") and reason in line
+    assert "--fit resize" in lines[4] and "--fit crop" in lines[4]
+
+
+def test_a_flood_of_problems_is_cut_and_counted(make_cases, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "MAX_PROBLEMS_SHOWN", 3)
+    make_cases(tmp_path, 8, raters=0)
+    first, *lines = problems_of(tmp_path, SIZE).split("\n")
+    assert first.startswith("8 problems") and len(lines) == 4 and lines[-1].strip() == "... and 5 more"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_damaged_pictures_are_named_never_a_traceback(make_cases, tmp_path, suffix):
+    make_cases(tmp_path, 1, suffix=suffix)
+    path = tmp_path / "case0" / f"image_0{suffix}"
+    whole, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        path.write_bytes(damaged[:rng.choice([len(whole), rng.randrange(len(whole))])])
+        try:
+            SegmentationCases(tmp_path, SIZE)
+        except InputError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 50
+
+
+def test_large_data_sets_give_the_same_items_without_being_kept(make_cases, tmp_path, monkeypatch):
+    make_cases(tmp_path, 5, raters=[1, 2, 3, 2, 1])
+    kept = SegmentationCases(tmp_path, SIZE)
+    monkeypatch.setattr(datasets, "CACHE_BYTES", 2 * SIZE * SIZE)
+    read_again = SegmentationCases(tmp_path, SIZE)
+    assert kept.in_memory and not read_again.in_memory and len(read_again) == 5
+    assert all(same(kept[i], read_again[i]) for i in range(5))
+    (tmp_path / "case3" / "image_3.png").unlink()
+    with pytest.raises(OSError):
+        Image.open(tmp_path / "case3" / "image_3.png")
+    assert kept[3].name == "case3"
+    with pytest.raises(InputError, match="image_3.png"):
+        read_again[3]
+
+
+# ---- the training stream ----
+
+class Numbered:
+    """A stand-in for SegmentationCases: case i is filled with i, its rater r with r in the first pixel's bits."""
+
+    in_memory = True
+
+    def __init__(self, count, raters):
+        self.count, self.raters = count, raters
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        masks = np.zeros((self.raters, 1, 4), bool)
+        for rater in range(self.raters):
+            masks[rater, 0] = [rater >> bit & 1 for bit in range(4)]
+        return datasets.Case(str(i), np.full((1, 1, 4), i, np.float32), masks)
+
+
+def numbers(image, mask):
+    """(case, rater) of an item of a Numbered stream."""
+    return int(image.flatten()[0]), sum(int(bit) << i for i, bit in enumerate(mask.flatten()[:4]))
+
+
+def test_every_epoch_shows_each_case_once_in_a_new_order():
+    stream = ShuffledCases(Numbered(20, 2), seed=3)
+    seen = [numbers(*stream[p][:2])[0] for p in range(100)]
+    epochs = [seen[i:i + 20] for i in range(0, 100, 20)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 5 and list(range(20)) not in epochs
+
+
+def test_stream_follows_from_seed_and_position_alone():
+    stream, other = ShuffledCases(Numbered(7, 4), seed=1), ShuffledCases(Numbered(7, 4), seed=2)
+    forward = [numbers(*stream[p][:2]) for p in range(60)]
+    backward = [numbers(*ShuffledCases(Numbered(7, 4), seed=1)[p][:2]) for p in reversed(range(60))]
+    assert backward[::-1] == forward
+    assert [numbers(*other[p][:2]) for p in range(60)] != forward
+
+
+def test_raters_are_drawn_uniformly_and_afresh_at_every_visit():
+    raters, visits = 4, 20_000
+    stream = ShuffledCases(Numbered(5, raters), seed=0)
+    counts = np.zeros((5, raters))
+    for position in range(visits):
+        counts[numbers(*stream[position][:2])] += 1
+    expected = visits / 5 / raters
+    sigma = np.sqrt(expected * (1 - 1 / raters))
+    assert np.abs(counts - expected).max() < 5 * sigma
+    # neither the next visit to a case nor the next case of an epoch repeats a rater more often than chance would
+    drawn = np.array([numbers(*stream[p][:2]) for p in range(2000)])
+    pairs = [np.diff(drawn[drawn[:, 0] == case, 1]) for case in range(5)] + [np.diff(drawn[:, 1])]
+    for repeats in pairs:
+        assert abs((repeats == 0).mean() - 1 / raters) < 5 * np.sqrt(raters - 1) / raters / np.sqrt(len(repeats))
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 12), (2, 6), (3, 4), (4, 3), (12, 1)])
+@pytest.mark.parametrize("start", [0, 36, 5])
+def test_global_batches_are_the_same_for_any_number_of_ranks(world_size, batch_size, start):
+    stream = ShuffledCases(Numbered(10, 3), seed=4)
+    whole = [numbers(*stream[p][:2]) for p in range(start, start + 36)]
+    ranks = [stream.batches(batch_size, rank, world_size, start) for rank in range(world_size)]
+    got, positions = [], []
+    for _ in range(3):
+        for batches in ranks:
+            image, mask, position = next(batches)
+            assert image.shape == (batch_size, 1, 1, 4) and mask.shape == (batch_size, 1, 1, 4)
+            assert mask.dtype == torch.float32 and position.dtype == torch.int64
+            got += [numbers(*item) for item in zip(image, mask)]
+            positions += position.tolist()
+    assert positions == list(range(start, start + 36)) and got == whole
+
+
+def test_loader_workers_give_the_same_stream(make_cases, tmp_path, monkeypatch):
+    make_cases(tmp_path, 5, raters=3)
+    kept = ShuffledCases(SegmentationCases(tmp_path, SIZE), seed=7)
+    monkeypatch.setattr(datasets, "CACHE_BYTES", 0)
+    read_again = ShuffledCases(SegmentationCases(tmp_path, SIZE), seed=7)
+    assert not read_again.cases.in_memory
+    a, b = kept.batches(2, start=4), read_again.batches(2, start=4)
+    for _ in range(7):
+        for one, other in zip(next(a), next(b)):
+            assert torch.equal(one, other)

@@ -1,0 +1,295 @@
+"""Ensembles depend on what they should and on nothing else, and their files say what was drawn."""
+
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion import sample_util
+from guided_diffusion.datasets import Case
+from guided_diffusion.sample_util import EnsembleSampler, MemberNoise, is_complete, to_masks, write_case
+from guided_diffusion.script_util import create_gaussian_diffusion, create_model
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A U-Net whose weights are all random; a fresh one would start with a zero output."""
+    generator = torch.Generator().manual_seed(0)
+    model = create_model(image_size=SIZE, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=1,
+                         attention_resolutions="8").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    return create_gaussian_diffusion(diffusion_steps=100, timestep_respacing="3")
+
+
+@pytest.fixture(scope="module")
+def cases():
+    rng = np.random.default_rng(0)
+    return [Case(f"case {i}", rng.random((4, SIZE, SIZE), dtype=np.float32), rng.random((2, SIZE, SIZE)) < 0.5)
+            for i in range(4)]
+
+
+def draw(model, diffusion, cases, n=3, **options):
+    sampler = EnsembleSampler(model, diffusion, **options)
+    return {case.name: samples for case, samples in sampler.ensembles(cases, n)}
+
+
+# ---- noise ----
+
+def test_noise_follows_from_seed_case_and_number_alone():
+    shape = torch.empty(1, 1, 8, 8)
+    alone = MemberNoise(3, [("b", 1)])
+    first, second = alone(shape), alone(shape)
+    among = MemberNoise(3, [("a", 0), ("b", 0), ("b", 1), ("c", 1)])
+    for expected in (first, second):
+        assert torch.equal(among(torch.empty(4, 1, 8, 8))[2:3], expected)
+    assert not torch.equal(first, second)
+    for seed, member in ((4, ("b", 1)), (3, ("b", 2)), (3, ("a", 1)), (3, ("", "b1"))):
+        assert not torch.equal(MemberNoise(seed, [member])(shape), first)
+
+
+def test_noise_is_standard_normal_and_takes_the_dtype_asked_for():
+    noise = MemberNoise(0, [("a", i) for i in range(100)])(torch.empty(100, 1, 32, 32))
+    assert abs(noise.mean()) < 5 / np.sqrt(noise.numel()) and abs(noise.var() - 1) < 5 * np.sqrt(2 / noise.numel())
+    assert MemberNoise(0, [("a", 1)])(torch.empty(1, 1, 2, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+# ---- ensembles ----
+
+def test_ensembles_come_whole_and_in_order(model, diffusion, cases):
+    sampler = EnsembleSampler(model, diffusion, batch_size=4)
+    result = list(sampler.ensembles(iter(cases), 3))
+    assert [case.name for case, _ in result] == [case.name for case in cases]
+    for _, samples in result:
+        assert samples.shape == (3, SIZE, SIZE) and samples.dtype == np.float32
+        assert 0.05 < (samples > 0.5).mean() < 0.95  # the model draws something
+        assert len({sample.tobytes() for sample in samples}) == 3
+    assert list(sampler.ensembles([], 3)) == []
+
+
+def test_a_case_is_yielded_before_later_ones_are_read(model, diffusion, cases):
+    read = []
+
+    def reading():
+        for case in cases:
+            read.append(case.name)
+            yield case
+
+    ensembles = EnsembleSampler(model, diffusion, batch_size=2).ensembles(reading(), 2)
+    assert next(ensembles)[0].name == "case 0" and read == ["case 0"]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_ddim": True}, {"use_ddim": True, "ddim_eta": 0.7},
+                                     {"clip_denoised": False}])
+def test_batch_size_does_not_change_the_ensembles(model, diffusion, cases, options):
+    expected = draw(model, diffusion, cases[:3], batch_size=1, **options)
+    for batch_size in (2, 4, 11):
+        got = draw(model, diffusion, cases[:3], batch_size=batch_size, **options)
+        for name, samples in expected.items():
+            np.testing.assert_allclose(got[name], samples, atol=1e-5 * max(1, abs(samples).max()))
+            assert np.array_equal(to_masks(got[name]), to_masks(samples))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_other_cases_their_order_and_padding_do_not_change_a_bit(model, diffusion, cases, batch_size):
+    together = draw(model, diffusion, cases, batch_size=batch_size)
+    backwards = draw(model, diffusion, cases[::-1], batch_size=batch_size)
+    for case in cases:
+        alone = draw(model, diffusion, [case], batch_size=batch_size)
+        assert np.array_equal(together[case.name], alone[case.name])
+        assert np.array_equal(together[case.name], backwards[case.name])
+
+
+def test_smaller_ensemble_is_the_beginning_of_a_larger_one(model, diffusion, cases):
+    small = draw(model, diffusion, cases[:2], n=2, batch_size=4)
+    large = draw(model, diffusion, cases[:2], n=5, batch_size=4)
+    for name, samples in small.items():
+        assert np.array_equal(large[name][:2], samples)
+
+
+def test_seed_scan_and_walk_do_change_the_ensembles(model, diffusion, cases):
+    case = cases[0]
+    expected = draw(model, diffusion, [case])[case.name]
+    assert np.array_equal(draw(model, diffusion, [case])[case.name], expected)
+    other_scan = case._replace(image=cases[1].image)
+    for got in (draw(model, diffusion, [case], seed=1), draw(model, diffusion, [other_scan]),
+                draw(model, diffusion, [case], use_ddim=True), draw(model, diffusion, [case], clip_denoised=False)):
+        assert not np.allclose(got[case.name], expected, atol=1e-3)
+
+
+def test_every_network_call_is_reported_and_of_full_batches(model, diffusion, cases):
+    sizes, steps = [], []
+    hook = model.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    list(EnsembleSampler(model, diffusion, batch_size=4).ensembles(cases[:3], 3, lambda: steps.append(1)))
+    hook.remove()
+    assert sizes == [4] * 9 and len(steps) == 9  # 9 masks in 3 batches of 3 steps
+
+
+def test_bfloat16_draws_nearly_the_same(model, diffusion, cases):
+    expected = draw(model, diffusion, cases[:1], use_ddim=True)["case 0"]
+    got = draw(model, diffusion, cases[:1], use_ddim=True, dtype=torch.bfloat16)["case 0"]
+    assert got.dtype == np.float32 and 0 < np.abs(got - expected).mean() < 0.05
+
+
+# ---- masks ----
+
+def brute_median(mask, side):
+    padded = np.pad(mask.astype(int), side // 2, mode="edge")
+    height, width = mask.shape
+    return np.array([[np.median(padded[y:y + side, x:x + side]) for x in range(width)] for y in range(height)]) > 0.5
+
+
+def test_masks_are_above_the_middle():
+    samples = np.array([[[0.0, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0]]], np.float32)
+    assert to_masks(samples).tolist() == [[[False, False, True, True]]]
+
+
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_median_blur_is_the_median_of_each_neighbourhood(side):
+    samples = np.random.default_rng(side).random((3, 13, 17)).astype(np.float32)
+    samples[2, :, :9] = 1
+    masks = to_masks(samples, side)
+    assert masks.dtype == bool
+    for mask, sample in zip(masks, samples):
+        assert np.array_equal(mask, brute_median(sample > 0.5, side))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_no_median_blur_changes_nothing(side):
+    samples = np.random.default_rng(0).random((2, 9, 9)).astype(np.float32)
+    assert np.array_equal(to_masks(samples, side), samples > 0.5)
+
+
+# ---- files ----
+
+@pytest.fixture
+def written(tmp_path, cases):
+    samples = np.random.default_rng(1).normal(0.5, 1, (3, SIZE, SIZE)).astype(np.float32)
+    write_case(tmp_path, cases[0], samples, fingerprint="abc")
+    return tmp_path, samples
+
+
+def test_files_of_a_case_hold_its_masks_mean_spread_and_samples(written):
+    folder, samples = written
+    names = ["ensemble.npz", "mean.png", "montage.png", "output0.png", "output1.png", "output2.png", "std.png"]
+    assert sorted(os.listdir(folder)) == [f"case 0_{name}" for name in names]
+    masks = samples > 0.5
+    for i, mask in enumerate(masks):
+        picture = Image.open(folder / f"case 0_output{i}.png")
+        assert picture.mode == "L" and np.array_equal(np.asarray(picture), mask * 255)
+    for kind, expected in (("mean", 255 * masks.mean(0)), ("std", 255 * 2 * masks.std(0))):
+        picture = Image.open(folder / f"case 0_{kind}.png")
+        assert picture.mode == "L" and np.abs(np.asarray(picture) - expected).max() <= 0.5
+    assert Image.open(folder / "case 0_montage.png").size[0] > 5 * 160
+    with np.load(folder / "case 0_ensemble.npz", allow_pickle=False) as stored:
+        assert np.array_equal(stored["samples"], samples) and stored["samples"].dtype == np.float32
+        assert str(stored["fingerprint"]) == "abc"
+
+
+def test_median_blur_smooths_the_masks_but_not_the_samples(tmp_path, cases):
+    samples = np.random.default_rng(1).random((2, SIZE, SIZE)).astype(np.float32)
+    write_case(tmp_path, cases[0], samples, median_blur=3)
+    stored = np.asarray(Image.open(tmp_path / "case 0_output1.png")) > 0
+    assert np.array_equal(stored, brute_median(samples[1] > 0.5, 3))
+    assert np.array_equal(np.load(tmp_path / "case 0_ensemble.npz")["samples"], samples)
+
+
+def test_members_of_a_larger_older_ensemble_are_removed_and_no_other_file(written, cases):
+    folder, samples = written
+    others = ["case 0_output3.png.txt", "case 0_outputx.png", "case 00_output7.png", "case 0_b_output7.png", "notes"]
+    for name in others:
+        (folder / name).write_text("mine")
+    write_case(folder, cases[0], samples[:1])
+    assert {"case 0_output0.png", *others} < set(os.listdir(folder))
+    assert not {"case 0_output1.png", "case 0_output2.png"} & set(os.listdir(folder))
+    assert all((folder / name).read_text() == "mine" for name in others)
+
+
+def test_case_names_with_special_characters_are_taken_literally(tmp_path, cases):
+    name = "a+(b) [größer] 病例"
+    case = cases[0]._replace(name=name)
+    samples = np.zeros((2, SIZE, SIZE), np.float32)
+    write_case(tmp_path, case, samples, fingerprint="f")
+    write_case(tmp_path, case, samples[:1], fingerprint="f")
+    assert is_complete(tmp_path, name, 1, "f") and not (tmp_path / f"{name}_output1.png").exists()
+
+
+# ---- what is already done ----
+
+def test_written_case_is_complete_for_its_own_fingerprint_and_size_only(written):
+    folder, _ = written
+    assert is_complete(folder, "case 0", 3, "abc")
+    assert not is_complete(folder, "case 0", 3, "abd")
+    assert not is_complete(folder, "case 0", 2, "abc")
+    assert not is_complete(folder, "case 0", 4, "abc")
+    assert not is_complete(folder, "case 1", 3, "abc")
+    assert not is_complete(folder / "nowhere", "case 0", 3, "abc")
+
+
+@pytest.mark.parametrize("kind", ["output0.png", "output2.png", "mean.png", "std.png", "montage.png", "ensemble.npz"])
+def test_case_that_lacks_a_file_is_incomplete(written, kind):
+    folder, _ = written
+    (folder / f"case 0_{kind}").unlink()
+    assert not is_complete(folder, "case 0", 3, "abc")
+
+
+def flip(data, position):
+    return data[:position] + bytes([data[position] ^ 0x5A]) + data[position + 1:]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: b"", lambda data: b"hello", lambda data: data[:len(data) // 2], lambda data: data[:-1],
+    lambda data: flip(data, 0), lambda data: flip(data, len(data) // 3), lambda data: flip(data, 120),
+], ids=["empty", "text", "half", "last byte", "first byte", "middle", "header"])
+def test_case_whose_samples_are_damaged_is_incomplete(written, damage):
+    folder, _ = written
+    path = folder / "case 0_ensemble.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    assert is_complete(folder, "case 0", 3, "abc") is False
+
+
+def test_no_damage_to_a_single_byte_is_an_error(written):
+    folder, _ = written
+    path = folder / "case 0_ensemble.npz"
+    data = path.read_bytes()
+    answers = []
+    for position in range(0, len(data), 19):
+        path.write_bytes(flip(data, position))
+        answers.append(is_complete(folder, "case 0", 3, "abc"))
+    assert set(answers) <= {True, False} and np.mean(answers) < 0.1
+
+
+def test_other_arrays_do_not_count_as_samples(written):
+    folder, samples = written
+    path = folder / "case 0_ensemble.npz"
+    np.savez(path, samples=samples)
+    assert not is_complete(folder, "case 0", 3, "abc")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("samples.npy", "no array")
+        file.writestr("fingerprint.npy", "no array")
+    assert not is_complete(folder, "case 0", 3, "abc")
+
+
+def test_fingerprint_changes_with_the_scan_and_every_setting(cases):
+    case = cases[0]
+    settings = {"seed": 0, "image_size": 16, "model": "0" * 64, "use_ddim": False}
+    fingerprint = sample_util.fingerprint(case, **settings)
+    assert sample_util.fingerprint(case, **dict(reversed(settings.items()))) == fingerprint
+    assert sample_util.fingerprint(case._replace(masks=case.masks[:0]), **settings) == fingerprint
+    brighter = case.image.copy()
+    brighter[0, 3, 3] += 1 / 255
+    others = [sample_util.fingerprint(case._replace(image=brighter), **settings)]
+    for name, value in (("seed", 1), ("image_size", 32), ("model", "1" * 64), ("use_ddim", True), ("new", 1)):
+        others.append(sample_util.fingerprint(case, **{**settings, name: value}))
+    assert len({fingerprint, *others}) == 1 + len(others)

@@ -1,0 +1,498 @@
+"""One training step and the loop around it, in one process."""
+
+import copy
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import kl_divergence
+
+from guided_diffusion import checkpoint
+from guided_diffusion.datasets import Case, ShuffledCases
+from guided_diffusion.monitor import Monitor
+from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
+from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
+from guided_diffusion.train_util import CIMD, TrainLoop
+
+SIZE = 16
+
+
+class Memory(list):
+    """Cases that are in memory, as SegmentationCases would hand them out."""
+
+    in_memory = True
+
+
+def make_cases(count=5, raters=3, seed=0):
+    """Random scans; each rater outlines a disc of his own."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:SIZE, :SIZE]
+    cases = Memory()
+    for i in range(count):
+        centres, radii = rng.uniform(4, 12, (raters, 2)), rng.uniform(2, 6, raters)
+        masks = np.stack([np.hypot(y - cy, x - cx) < r for (cy, cx), r in zip(centres, radii)])
+        cases.append(Case(f"case{i}", rng.random((1, SIZE, SIZE), dtype=np.float32), masks))
+    return cases
+
+
+def make_cimd(seed=0, kl_weight=0.001, num_channels=32, dropout=0.0, use_scale_shift_norm=True, **diffusion):
+    torch.manual_seed(seed)
+    model = create_model(image_size=SIZE, image_channels=1, num_channels=num_channels, channel_mult="1,2",
+                         num_res_blocks=1, num_heads=1, attention_resolutions="8", dropout=dropout,
+                         use_scale_shift_norm=use_scale_shift_norm, learn_sigma=diffusion.get("learn_sigma", False))
+    encoders = create_encoders(num_filters="8,16", no_convs_per_block=2, kl_weight=kl_weight, image_channels=1)
+    return CIMD(create_gaussian_diffusion(**diffusion), model, *encoders, kl_weight)
+
+
+def make_loop(folder, cimd=None, cases=None, sampler=None, seed=0, **options):
+    cimd = cimd or make_cimd()
+    return TrainLoop(cimd=cimd, data=ShuffledCases(cases or make_cases(), seed), seed=seed, results_dir=folder,
+                     schedule_sampler=sampler or UniformSampler(cimd.diffusion.num_timesteps), monitor=Monitor(0),
+                     **{"batch_size": 2, **options})
+
+
+def awake(cimd, seed=0):
+    """Without the zeros of the initialisation, behind which no gradient flows."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in cimd.model.parameters():
+        with torch.no_grad():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return cimd
+
+
+def batch(n=5, seed=1, dtype=torch.float32, steps=1000):
+    """image, mask, t, weights, noise for forward_backward."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(n, 1, SIZE, SIZE, generator=generator, dtype=dtype),
+            torch.randint(0, 2, (n, 1, SIZE, SIZE), generator=generator).to(dtype),
+            torch.randint(0, steps, (n,), generator=generator),
+            torch.rand(n, generator=generator, dtype=dtype) + 0.5,
+            torch.randn(n, 1, SIZE, SIZE, generator=generator, dtype=dtype))
+
+
+def gradients(module):
+    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(a, b):
+    """Equal to the last bit: nested containers of tensors and numbers."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+# ---- the joint loss ----
+
+@pytest.mark.parametrize("predict_xstart", [False, True])
+def test_loss_adds_the_weighted_divergence_of_amn_and_acn(predict_xstart):
+    cimd = awake(make_cimd(kl_weight=0.3, learn_sigma=True, predict_xstart=predict_xstart))
+    image, mask, t, _, noise = batch()
+    terms = cimd(image, mask, t, noise)
+    diffusion = cimd.diffusion
+    alone = diffusion.training_losses(cimd.model, mask, t, {"image": image}, noise)
+    predicted = alone["pred_xstart"].clamp(0, 1)
+    kl = kl_divergence(cimd.posterior(image, mask), cimd.prior(image, predicted))
+    assert terms.keys() == {"loss", "mse", "vb", "kl"} and all(value.shape == (5,) for value in terms.values())
+    torch.testing.assert_close(terms["kl"], kl)
+    torch.testing.assert_close(terms["loss"], alone["mse"] + alone["vb"] + 0.3 * kl)
+
+
+def test_amn_sees_the_raters_mask_and_acn_the_predicted_one():
+    cimd, seen = awake(make_cimd()), {}
+    for name in ("posterior", "prior"):
+        getattr(cimd, name).register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args}))
+    image, mask, t, _, noise = batch()
+    cimd(image, mask, t, noise)
+    abar = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64), 0)[t].view(-1, 1, 1, 1)
+    x_t = (abar.sqrt() * mask + (1 - abar).sqrt() * noise).float()
+    eps = cimd.model(x_t, t, image=image).double()
+    predicted = ((x_t - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(0, 1).float()
+    assert torch.equal(seen["posterior"][0], image) and torch.equal(seen["posterior"][1], mask)
+    assert torch.equal(seen["prior"][0], image)
+    torch.testing.assert_close(seen["prior"][1], predicted, atol=1e-4, rtol=0)
+
+
+def test_divergence_alone_reaches_every_network():
+    cimd = awake(make_cimd(predict_xstart=True))
+    image, mask, t, _, noise = batch()
+    cimd(image, mask, t, noise)["kl"].sum().backward()
+    for name in ("model", "posterior", "prior"):
+        for parameter in getattr(cimd, name).parameters():
+            assert (parameter.grad != 0).any(), name
+
+
+def test_without_encoders_the_denoiser_is_trained_alone(tmp_path):
+    cimd = make_cimd(kl_weight=0)
+    image, mask, t, _, noise = batch()
+    assert cimd(image, mask, t, noise).keys() == {"loss", "mse"}
+    make_loop(tmp_path, cimd, max_steps=1).run_loop()
+    assert "posterior" not in torch.load(tmp_path / "optsavedmodel000001.pt", weights_only=True)
+
+
+# ---- one step ----
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3, 5, 8])
+def test_microbatches_give_the_gradient_of_the_whole_batch(tmp_path, microbatch):
+    cimd = awake(make_cimd(learn_sigma=True)).double()
+    image, mask, t, importance, noise = batch(dtype=torch.float64)
+    whole = make_loop(tmp_path, cimd, batch_size=5)
+    losses = whole.forward_backward(image, mask, t, importance, noise)
+    expected = gradients(cimd)
+    parts = make_loop(tmp_path, cimd, batch_size=5, microbatch=microbatch)
+    torch.testing.assert_close(parts.forward_backward(image, mask, t, importance, noise), losses, rtol=1e-6, atol=1e-8)
+    for name, grad in gradients(cimd).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_microbatch_is_the_most_that_the_network_sees_at_once(tmp_path):
+    cimd, sizes = make_cimd(), []
+    cimd.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    make_loop(tmp_path, cimd, batch_size=5, microbatch=2).forward_backward(*batch())
+    make_loop(tmp_path, cimd, batch_size=5).forward_backward(*batch())
+    assert sizes == [2, 2, 1, 5]
+
+
+def test_gradient_is_that_of_the_mean_of_weight_times_loss(tmp_path):
+    cimd = awake(make_cimd()).double()
+    image, mask, t, importance, noise = batch(dtype=torch.float64)
+    loop = make_loop(tmp_path, cimd, batch_size=5)
+    for _ in range(2):  # nothing of the first is left in the second
+        losses = loop.forward_backward(image, mask, t, importance, noise)
+    result = gradients(cimd)
+    cimd.zero_grad()
+    terms = cimd(image, mask, t, noise)
+    torch.testing.assert_close(losses, terms["loss"].detach())
+    (terms["loss"] * importance).mean().backward()
+    for name, grad in gradients(cimd).items():
+        torch.testing.assert_close(result[name], grad, rtol=1e-6, atol=1e-10)
+
+
+def test_every_weight_of_unet_amn_and_acn_moves(tmp_path):
+    cimd = make_cimd(num_channels=64, learn_sigma=True)
+    before = weights(cimd)
+    make_loop(tmp_path, cimd, max_steps=4, lr=1e-3).run_loop()
+    still = [name for name, value in cimd.state_dict().items() if torch.equal(value, before[name])]
+    assert still == [] and any(name.startswith("prior") for name in before)
+
+
+def test_one_step_is_one_step_of_the_optimiser(tmp_path, monkeypatch):
+    loop = make_loop(tmp_path, batch_size=3, microbatch=1, max_steps=4)
+    calls = []
+    original = loop.optimizer.step
+    monkeypatch.setattr(loop.optimizer, "step", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    loop.run_loop()
+    assert len(calls) == loop.step == 4 and loop.position == 12
+    assert {state["step"].item() for state in loop.optimizer.state.values()} == {4}
+
+
+def test_optimiser_takes_adamw_steps_at_the_flags_rate_and_decay(tmp_path):
+    """Adam's first step has the length of the learning rate, after the weights have decayed by lr * decay."""
+    cimd = awake(make_cimd())
+    loop = make_loop(tmp_path, cimd, batch_size=5, lr=0.01, weight_decay=0.5)
+    before = weights(cimd)
+    loop.forward_backward(*batch())
+    loop.optimize()
+    for name, parameter in cimd.named_parameters():
+        clear = parameter.grad.abs() > 1e-5
+        expected = before[name] * (1 - 0.01 * 0.5) - 0.01 * parameter.grad.sign()
+        torch.testing.assert_close(parameter.detach()[clear], expected[clear], atol=2e-5, rtol=0)
+
+
+def test_moving_averages_follow_their_closed_form(tmp_path):
+    loop = make_loop(tmp_path, ema_rates=("0.5", "0.9", "0.9999"), lr=1e-2)
+    start, history = weights(loop.cimd.model), []
+    batches = loop.data.batches(2)
+    for _ in range(4):
+        loop.run_step(*next(batches))
+        history.append(weights(loop.cimd.model))
+    for rate in (0.5, 0.9, 0.9999):
+        average = loop.ema[str(rate)].state_dict()
+        for name, value in average.items():
+            expected = rate ** 4 * start[name].double()
+            for age, state in enumerate(reversed(history)):
+                expected += (1 - rate) * rate ** age * state[name].double()
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not any(p.requires_grad for p in loop.ema["0.5"].parameters())
+
+
+# ---- randomness ----
+
+def drawn(folder, positions, seed=0):
+    """Timesteps and noise that a step gives to the examples at these places of the stream."""
+    loop, result = make_loop(folder, seed=seed, batch_size=len(positions)), []
+
+    def forward_backward(image, mask, t, importance, noise):
+        result.extend((t, noise))
+        return torch.zeros(len(t))
+
+    loop.forward_backward = forward_backward
+    empty = torch.zeros(len(positions), 1, 4, 4)
+    loop.run_step(empty, empty, torch.tensor(positions))
+    return result
+
+
+def test_timestep_and_noise_of_an_example_follow_from_seed_and_position_in_whatever_batch(tmp_path):
+    t, noise = drawn(tmp_path, [7, 8, 9, 10])
+    parts = [drawn(tmp_path, [7, 8]), drawn(tmp_path, [9, 10])]
+    assert torch.equal(t, torch.cat([part[0] for part in parts]))
+    assert torch.equal(noise, torch.cat([part[1] for part in parts]))
+    assert len(set(t.tolist())) == 4 and not torch.equal(noise[0], noise[1])
+    other = drawn(tmp_path, [7, 8, 9, 10], seed=1)
+    assert not torch.equal(other[0], t) and not torch.equal(other[1], noise)
+
+
+def test_noise_is_standard_and_timesteps_are_uniform(tmp_path):
+    t, noise = drawn(tmp_path, range(2000))
+    n = noise.numel()
+    assert abs(noise.mean().item()) < 5 / math.sqrt(n) and abs(noise.var().item() - 1) < 5 * math.sqrt(2 / n)
+    counts = np.histogram(t, bins=10, range=(0, 1000))[0]
+    assert np.abs(counts - 200).max() < 5 * math.sqrt(180)
+    assert abs(np.corrcoef(t, noise.mean((1, 2, 3)))[0, 1]) < 5 / math.sqrt(2000)
+
+
+def test_same_seed_trains_the_same_weights_and_another_seed_others(tmp_path):
+    states = []
+    for seed in (0, 0, 1):
+        loop = make_loop(tmp_path / str(len(states)), make_cimd(dropout=0.2), seed=seed, max_steps=3)
+        os.makedirs(loop.results_dir)
+        torch.manual_seed(len(states))  # the state of the global generator does not matter
+        loop.run_loop()
+        states.append(weights(loop.cimd))
+    assert_same(states[0], states[1])
+    assert any(not torch.equal(value, states[2][name]) for name, value in states[0].items())
+
+
+def test_batches_of_two_ranks_are_together_those_of_one_with_twice_the_size():
+    cases = make_cases(count=7)
+    one = ShuffledCases(cases, seed=3).batches(6, start=12)
+    two = [ShuffledCases(cases, seed=3).batches(3, rank=rank, world_size=2, start=12) for rank in range(2)]
+    for step in range(5):
+        image, mask, position = next(one)
+        parts = [next(part) for part in two]
+        for i, whole in enumerate((image, mask, position)):
+            assert torch.equal(torch.cat([part[i] for part in parts]), whole)
+        assert position.tolist() == [*range(12 + 6 * step, 18 + 6 * step)]
+
+
+# ---- the loop ----
+
+def test_learning_rate_falls_linearly_to_zero_and_the_loop_ends_there(tmp_path, monkeypatch):
+    loop = make_loop(tmp_path, lr=4e-4, lr_anneal_steps=5)
+    rates = []
+    original = loop.optimizer.step
+    monkeypatch.setattr(loop.optimizer, "step", lambda *args, **kwargs: (
+        rates.append(loop.optimizer.param_groups[0]["lr"]), original(*args, **kwargs)))
+    loop.run_loop()
+    assert rates == pytest.approx([4e-4, 3.2e-4, 2.4e-4, 1.6e-4, 8e-5]) and loop.learning_rate() == 0
+
+
+@pytest.mark.parametrize("max_steps, lr_anneal_steps, end", [(2, 0, 2), (0, 3, 3), (2, 5, 2), (5, 2, 2)])
+def test_loop_ends_at_the_first_of_max_steps_and_lr_anneal_steps(tmp_path, max_steps, lr_anneal_steps, end):
+    loop = make_loop(tmp_path, max_steps=max_steps, lr_anneal_steps=lr_anneal_steps, batch_size=1)
+    assert loop.run_loop() is None
+    assert loop.step == end
+
+
+def test_learning_rate_is_constant_without_annealing(tmp_path):
+    loop = make_loop(tmp_path, lr=0.3, max_steps=10)
+    loop.step = 9
+    assert loop.learning_rate() == 0.3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_loop_after_the_step_and_saves(tmp_path, number, monkeypatch):
+    loop = make_loop(tmp_path)
+    before = signal.getsignal(number)
+    original = loop.run_step
+
+    def run_step(*args):
+        if loop.step == 1:
+            os.kill(os.getpid(), number)
+        original(*args)
+
+    monkeypatch.setattr(loop, "run_step", run_step)
+    assert loop.run_loop() == number
+    assert loop.step == 2 and (tmp_path / "savedmodel000002.pt").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_log_has_means_of_each_loss_and_of_its_quartiles(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("guided_diffusion.logger.dump", lambda values, step: lines.append((step, values)))
+    loop = make_loop(tmp_path, make_cimd(learn_sigma=True), batch_size=4, log_interval=2, max_steps=5)
+    loop.run_loop()
+    assert [step for step, _ in lines] == [2, 4, 5]
+    for step, values in lines:
+        assert {"loss", "mse", "vb", "kl", "lr", "images_per_second"} <= values.keys()
+        assert values["samples"] == 4 * step
+        assert values["loss"] == pytest.approx(values["mse"] + values["vb"] + 0.001 * values["kl"], rel=1e-5)
+        assert min(v for k, v in values.items() if k.startswith("mse_q")) <= values["mse"]
+
+
+def test_meter_averages_weighted_losses_by_quartile_of_the_timestep(tmp_path):
+    loop = make_loop(tmp_path)
+    loop.meter.add(torch.tensor([0, 249, 250, 999]), {"mse": torch.tensor([1.0, 2.0, 4.0, 9.0])})
+    loop.meter.add(torch.tensor([999]), {"mse": torch.tensor([5.0])})
+    values = loop.meter.read()
+    assert [values.get(f"mse_q{i}") for i in range(4)] == [1.5, 4.0, None, 7.0]
+    assert values["mse"] == pytest.approx(21 / 5)
+    loop.meter.add(torch.tensor([600]), {"mse": torch.tensor([3.0])})
+    assert loop.meter.read()["mse"] == 3.0
+
+
+def test_loss_aware_sampler_learns_from_the_unweighted_losses(tmp_path):
+    sampler = LossSecondMomentResampler(4, history_per_term=1)
+    loop = make_loop(tmp_path, make_cimd(timestep_respacing="4"), sampler=sampler, batch_size=4)
+    drawn, uneven = [], []
+    original = loop.forward_backward
+
+    def forward_backward(image, mask, t, importance, noise):
+        losses = original(image, mask, t, importance, noise)
+        drawn.extend(zip(t.tolist(), losses.tolist()))
+        uneven.append((importance != 1).any().item())
+        torch.testing.assert_close(losses, loop.cimd(image, mask, t, noise)["loss"])
+        return losses
+
+    loop.forward_backward = forward_backward
+    batches = loop.data.batches(4)
+    for _ in range(8):
+        loop.run_step(*next(batches))
+    assert {t: sampler.history[t, 0] for t in range(4)} == dict(drawn)  # the last loss of each timestep
+    assert any(uneven)
+
+
+# ---- checkpoints ----
+
+def test_saves_are_named_by_the_number_of_steps_taken(tmp_path):
+    make_loop(tmp_path, batch_size=1, max_steps=5, save_interval=2, ema_rates=("0.9", "0.99")).run_loop()
+    expected = {"savedmodel.pt"}
+    for step in ("000002", "000004", "000005"):
+        expected |= {f"savedmodel{step}.pt", f"optsavedmodel{step}.pt", f"emasavedmodel_0.9_{step}.pt",
+                     f"emasavedmodel_0.99_{step}.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert (tmp_path / "savedmodel.pt").read_bytes() == (tmp_path / "savedmodel000005.pt").read_bytes()
+    assert checkpoint.load(tmp_path / "optsavedmodel000004.pt")["step"] == 4
+
+
+def test_saved_files_hold_unet_averages_and_encoders(tmp_path):
+    loop = make_loop(tmp_path, max_steps=2, ema_rates=("0.9",))
+    loop.run_loop()
+    assert_same(dict(checkpoint.load(tmp_path / "savedmodel000002.pt")), dict(loop.cimd.model.state_dict()))
+    assert_same(dict(checkpoint.load(tmp_path / "emasavedmodel_0.9_000002.pt")), dict(loop.ema["0.9"].state_dict()))
+    rest = checkpoint.load(tmp_path / "optsavedmodel000002.pt")
+    assert_same(dict(rest["posterior"]), dict(loop.cimd.posterior.state_dict()))
+    assert_same(dict(rest["prior"]), dict(loop.cimd.prior.state_dict()))
+    assert rest["position"] == 4
+
+
+@pytest.mark.parametrize("loss_aware", [False, True])
+def test_resume_continues_bit_for_bit(tmp_path, loss_aware):
+    def loop(folder, steps, seed):
+        sampler = LossSecondMomentResampler(4, history_per_term=1) if loss_aware else UniformSampler(4)
+        cimd = make_cimd(seed, dropout=0.2, timestep_respacing="4", learn_sigma=True)
+        return make_loop(folder, cimd, sampler=sampler, batch_size=4, microbatch=3, max_steps=steps, lr=1e-3,
+                         ema_rates=("0.5", "0.99"), weight_decay=0.1)
+
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    straight = loop(tmp_path / "straight", 6, 0)
+    straight.run_loop()
+    loop(tmp_path / "stopped", 3, 0).run_loop()
+    resumed = loop(tmp_path / "stopped", 6, 1)  # whatever it started from is overwritten
+    resumed.resume(tmp_path / "stopped" / "savedmodel.pt")
+    assert (resumed.step, resumed.position) == (3, 12)
+    resumed.run_loop()
+    names = {path.name for path in (tmp_path / "straight").iterdir() if "000006" in path.name}
+    assert len(names) == 4
+    for name in names:
+        assert_same(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "stopped")))
+
+
+def test_annealed_learning_rate_resumes_where_it_was(tmp_path):
+    make_loop(tmp_path, lr=4e-4, lr_anneal_steps=4, max_steps=1).run_loop()
+    loop = make_loop(tmp_path, lr=4e-4, lr_anneal_steps=4)
+    loop.resume(tmp_path / "savedmodel000001.pt")
+    assert loop.learning_rate() == pytest.approx(3e-4)
+    loop.run_loop()
+    assert loop.step == 4
+
+
+def test_weights_alone_resume_with_fresh_averages_and_encoders_and_say_so(tmp_path, capsys):
+    source = awake(make_cimd(seed=5))
+    checkpoint.save(tmp_path / "savedmodel000007.pt", source.model.state_dict())
+    loop = make_loop(tmp_path)
+    encoders = weights(loop.cimd.posterior)
+    loop.resume(tmp_path / "savedmodel000007.pt")
+    printed = capsys.readouterr().out
+    assert "moving average" in printed and "start afresh" in printed
+    assert (loop.step, loop.position) == (7, 14)
+    assert_same(weights(loop.cimd.model), weights(source.model))
+    assert_same(weights(loop.ema["0.9999"]), weights(source.model))
+    assert_same(weights(loop.cimd.posterior), encoders)
+
+
+def test_run_that_is_already_over_trains_and_saves_nothing(tmp_path):
+    make_loop(tmp_path, max_steps=1).run_loop()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    loop = make_loop(tmp_path, max_steps=1)
+    loop.resume(tmp_path / "savedmodel000001.pt")
+    loop.run_loop()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+# ---- it learns ----
+
+def test_bfloat16_trains_float32_weights(tmp_path):
+    cimd = make_cimd(num_channels=64, learn_sigma=True)
+    exact = copy.deepcopy(cimd)
+    half = make_loop(tmp_path, cimd, batch_size=5, dtype=torch.bfloat16)
+    full = make_loop(tmp_path, exact, batch_size=5)
+    kinds = []
+    cimd.model.middle_block[0].in_layers[2].register_forward_hook(lambda module, args, out: kinds.append(out.dtype))
+    before = weights(cimd)
+    torch.testing.assert_close(half.forward_backward(*batch()), full.forward_backward(*batch()), rtol=0.02, atol=0.02)
+    batches = half.data.batches(5)
+    for _ in range(4):
+        half.run_step(*next(batches))
+    assert set(kinds) == {torch.bfloat16}
+    for name, value in cimd.state_dict().items():
+        assert value.dtype == torch.float32 and value.isfinite().all()
+        assert not torch.equal(value, before[name]), name
+
+
+def dice(a, b):
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def test_a_hundred_steps_learn_the_outline_of_a_single_case(tmp_path):
+    y, x = np.mgrid[:SIZE, :SIZE]
+    outline = np.hypot(y - 6, x - 9) < 4.5
+    image = np.where(outline, 0.8, 0.2).astype(np.float32)[None]
+    cimd = make_cimd(predict_xstart=True, noise_schedule="cosine", steps=100)
+    loop = make_loop(tmp_path, cimd, Memory([Case("disc", image, outline[None])]), batch_size=2, lr=1e-3,
+                     max_steps=100, log_interval=1000)
+    loop.run_loop()
+    sampling = create_gaussian_diffusion(predict_xstart=True, noise_schedule="cosine", steps=100,
+                                         timestep_respacing="10")
+    torch.manual_seed(1)
+    x = sampling.p_sample_loop(cimd.model.eval(), (4, 1, SIZE, SIZE),
+                               model_kwargs={"image": torch.from_numpy(image).expand(4, 1, SIZE, SIZE)})
+    masks = x[:, 0].numpy() > 0.5
+    assert np.mean([dice(mask, outline) for mask in masks]) > 0.9
