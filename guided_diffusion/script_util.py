@@ -1,15 +1,10 @@
 """Flags -> objects, and the single table of all flags."""
 
-import argparse
-import difflib
-import os
-import sys
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
-from . import checkpoint, dist_util
 from .distribution import AxisAlignedConvGaussian
 from .errors import InputError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
@@ -112,10 +107,6 @@ FLAGS = [
 
 # These change how the network is run or trained, not what it is; they may differ from the stored ones.
 _FREE = {"dropout", "use_checkpoint", "use_fp16", "use_bf16", "timestep_respacing"}
-_GROUP_TITLES = {
-    "model": "the U-Net", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
-    "diffusion": "the diffusion process",
-}
 
 
 def defaults(*groups):
@@ -149,130 +140,6 @@ def apply_stored_flags(args, given, stored, where):
             setattr(args, name, value)
 
 
-# ---- the command line ----
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(message)
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=110)
-
-
-def _boolean(text):
-    if text.lower() in ("true", "t", "yes", "y", "1"):
-        return True
-    if text.lower() in ("false", "f", "no", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-
-
-def _parser(job, description):
-    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False,
-                     usage="%(prog)s [--flag VALUE ...]")
-    groups = {}
-    for flag in FLAGS:
-        if flag.group in ("training", "encoders", "sampling") and flag.group not in job:
-            continue
-        if flag.group not in groups:
-            groups[flag.group] = parser.add_argument_group(_GROUP_TITLES.get(flag.group, flag.group))
-        options = {"default": argparse.SUPPRESS, "help": flag.help}
-        if flag.default not in ("", None):
-            options["help"] += f" (default: {flag.default})"
-        if isinstance(flag.type, tuple):
-            options["choices"] = flag.type
-        else:
-            options["type"] = _boolean if flag.type is bool else flag.type
-            options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
-        names = ["--local_rank", "--local-rank"] if flag.name == "local_rank" else ["--" + flag.name]
-        groups[flag.group].add_argument(*names, **options)
-    return parser
-
-
-def parse_flags(job, description, argv=None):
-    """Read the command line of a script.
-
-    :param job: the groups of the table that belong to this script only: ("training", "encoders") or ("sampling",).
-    :returns: all flags as a namespace, and the dict of those that were given.
-    :raises InputError: for a flag that does not exist, naming the nearest that does, or a bad value.
-    """
-    parser = _parser(job, description)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0].split("=")[0]
-        flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(word, flags, 1, 0.6)
-        raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    given = vars(known)
-    args = SimpleNamespace(**{**defaults("model", "diffusion", "files and processes", *job), **given})
-    _check_ranges(args, given)
-    return args, given
-
-
-_AT_LEAST = {
-    "batch_size": 1, "num_ensemble": 1, "num_samples": 0, "max_steps": 0, "lr_anneal_steps": 0, "log_interval": 1,
-    "save_interval": 1, "diffusion_steps": 1, "image_channels": 1, "num_res_blocks": 1, "num_heads": 1,
-    "latent_dim": 1, "no_convs_per_block": 1, "input_channels_dist": 1, "kl_weight": 0, "weight_decay": 0,
-    "visdom_port": 0, "ngpu": 0, "seed": 0, "median_blur": 0, "lr": 0, "ddim_eta": 0, "dropout": 0,
-}
-
-
-def _check_ranges(args, given):
-    values = vars(args)
-    for name, least in _AT_LEAST.items():
-        if name in values and not values[name] >= least:
-            raise InputError(f"--{name} {values[name]}: must be at least {least}")
-    if values.get("median_blur") and values["median_blur"] % 2 == 0:
-        raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
-    if "ddim_eta" in given and not args.use_ddim:
-        raise InputError("--ddim_eta: only DDIM has it; give --use_ddim True, too")
-    if values.get("ddim_eta", 0) > 1 or values["dropout"] >= 1:
-        raise InputError("--ddim_eta must be at most 1 and --dropout below 1")
-    if values.get("microbatch", -1) != -1 and values["microbatch"] < 1:
-        raise InputError(f"--microbatch {args.microbatch}: must be at least 1, or -1 for whole batches")
-    if args.class_cond:
-        raise InputError("--class_cond True: cases hold no class labels; use create_model(class_cond=True) from Python")
-    if args.use_fp16 and args.use_bf16:
-        raise InputError("--use_fp16 and --use_bf16: choose one")
-    if "ema_rate" in values:
-        for rate in args.ema_rate.split(","):
-            if not 0 <= _number(float, rate, "ema_rate") < 1:
-                raise InputError(f"--ema_rate {rate}: must be at least 0 and below 1")
-
-
-def results_folder(args):
-    """The folder to write to: --results_dir, else $OPENAI_LOGDIR, else ./results.
-
-    :raises InputError: if it is plain beforehand that nothing can be written there. Creates nothing.
-    """
-    folder = args.results_dir or os.environ.get("OPENAI_LOGDIR") or "./results"
-    if not checkpoint.is_remote(folder):
-        parent = os.path.abspath(folder)
-        while not os.path.exists(parent):
-            parent = os.path.dirname(parent)
-        if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-            raise InputError(f"--results_dir {folder}: cannot be written; give another folder")
-    return folder
-
-
-def run_script(main):
-    """Run a script's main(); an InputError becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except InputError as error:
-        parsing = not dist_util.dist.is_initialized() and dist_util.launch_rank() > 0
-        if not parsing and (dist_util.rank() == 0 or not error.on_every_rank):
-            print(f"{sys.argv[0]}: error: {error}", file=sys.stderr, flush=True)
-        dist_util.cleanup()
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    dist_util.cleanup()
-
-
 # ---- flags -> objects ----
 
 def _complete(flags, known):
@@ -282,15 +149,12 @@ def _complete(flags, known):
     return SimpleNamespace(**{**known, **flags})
 
 
-def _number(kind, text, flag):
+def parse_numbers(kind, text, flag):
+    """"1,2,3" -> [1, 2, 3] of type `kind`; [] for an empty text; InputError naming the flag for anything else."""
     try:
-        return kind(text)
+        return [kind(part) for part in str(text).split(",")] if text else []
     except ValueError:
         raise InputError(f"--{flag} {text}: is not a list of numbers separated by commas") from None
-
-
-def _numbers(kind, text, flag):
-    return [_number(kind, part, flag) for part in str(text).split(",")] if text else []
 
 
 _CHANNEL_MULTS = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
@@ -303,7 +167,7 @@ def create_model(**flags):
     :raises InputError: for flags that make no U-Net, naming them.
     """
     f = _complete(flags, {**defaults("model"), "learn_sigma": False})
-    mult = _numbers(float, f.channel_mult, "channel_mult") or _CHANNEL_MULTS.get(f.image_size)
+    mult = parse_numbers(float, f.channel_mult, "channel_mult") or _CHANNEL_MULTS.get(f.image_size)
     if not mult:
         raise InputError(f"--image_size {f.image_size}: only {', '.join(map(str, sorted(_CHANNEL_MULTS)))} have a"
                          f" default --channel_mult; give it, as in 1,2,3,4")
@@ -316,7 +180,7 @@ def create_model(**flags):
         raise InputError(f"--num_channels {f.num_channels} with --channel_mult {','.join(f'{m:g}' for m in mult)}:"
                          f" every level needs a multiple of 32 channels")
     sides = [f.image_size >> level for level in range(len(mult))]
-    attention = _numbers(int, f.attention_resolutions, "attention_resolutions")
+    attention = parse_numbers(int, f.attention_resolutions, "attention_resolutions")
     never = [side for side in attention if side not in sides]
     if never:
         raise InputError(f"--attention_resolutions {f.attention_resolutions}: no feature map has the side {never[0]};"
@@ -390,7 +254,7 @@ def create_encoders(**flags):
     if f.input_channels_dist > f.image_channels:
         raise InputError(f"--input_channels_dist {f.input_channels_dist}: the image has --image_channels"
                          f" {f.image_channels}")
-    filters = _numbers(int, f.num_filters, "num_filters")
+    filters = parse_numbers(int, f.num_filters, "num_filters")
     if not filters or min(filters) < 1:
         raise InputError(f"--num_filters {f.num_filters}: needs one positive number a block")
     return tuple(AxisAlignedConvGaussian(f.input_channels_dist, filters, f.no_convs_per_block, f.latent_dim)

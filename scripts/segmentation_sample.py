@@ -15,11 +15,10 @@ import torch
 from tqdm.auto import tqdm
 
 from guided_diffusion import checkpoint, dist_util, logger, sample_util
+from guided_diffusion.cli import parse_flags, results_folder, run_script
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.monitor import Monitor
-from guided_diffusion.script_util import (
-    apply_stored_flags, autocast_dtype, create_model_and_diffusion, parse_flags, pick, results_folder, run_script,
-)
+from guided_diffusion.script_util import apply_stored_flags, autocast_dtype, create_model_and_diffusion, pick
 
 
 def main():

@@ -15,12 +15,12 @@ import sys
 import torch
 
 from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion.cli import parse_flags, results_folder, run_script
 from guided_diffusion.datasets import SegmentationCases, ShuffledCases
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
-    apply_stored_flags, autocast_dtype, create_encoders, create_model_and_diffusion, parse_flags, pick, results_folder,
-    run_script, stored_flags,
+    apply_stored_flags, autocast_dtype, create_encoders, create_model_and_diffusion, pick, stored_flags,
 )
 from guided_diffusion.train_util import CIMD, TrainLoop
 
