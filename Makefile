@@ -7,12 +7,12 @@ DEMO := results/demo
 # visdom's build needs the constraints, too: older pips read the first variable for that, newer ones the second
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 
+# bfloat16 pays where the processor has it
+BF16 := $(shell grep -qsE "avx512_bf16|amx_bf16" /proc/cpuinfo && echo True || echo False)
 # A model small enough for a laptop: it sees the central 64 x 64 pixels and predicts the mask rather than the noise.
 DEMO_FLAGS := --image_size 64 --fit crop --image_channels 1 --num_channels 32 --channel_mult 1,1,2,4 --num_res_blocks 1 \
   --num_heads 1 --attention_resolutions 8 --num_filters 8,16,32 --predict_xstart True --noise_schedule cosine \
   --lr 1e-3 --lr_anneal_steps 1500 --batch_size 4 --ema_rate 0.99 --use_bf16 $(BF16)
-# bfloat16 pays where the processor has it
-BF16 := $(shell grep -qsE "avx512_bf16|amx_bf16" /proc/cpuinfo && echo True || echo False)
 
 .PHONY: demo test lint clean
 
