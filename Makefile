@@ -12,7 +12,7 @@ BF16 := $(shell grep -qsE "avx512_bf16|amx_bf16" /proc/cpuinfo && echo True || e
 # A model small enough for a laptop: it sees the central 64 x 64 pixels and predicts the mask rather than the noise.
 DEMO_FLAGS := --image_size 64 --fit crop --image_channels 1 --num_channels 32 --channel_mult 1,1,2,4 --num_res_blocks 1 \
   --num_heads 1 --attention_resolutions 8 --num_filters 8,16,32 --predict_xstart True --noise_schedule cosine \
-  --lr 1e-3 --lr_anneal_steps 1500 --batch_size 4 --ema_rate 0.99 --use_bf16 $(BF16)
+  --lr 1e-3 --lr_anneal_steps 1200 --batch_size 4 --ema_rate 0.99 --use_bf16 $(BF16)
 
 .PHONY: demo test lint clean
 
@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/make_phantoms.py --output_dir $(DEMO)/training --count 2000 --seed 1
 	mkdir -p $(DEMO)/training/example && cp -r data/training/. $(DEMO)/training/example
 	$(BIN)/python scripts/segmentation_train.py --data_dir $(DEMO)/training --results_dir $(DEMO) $(DEMO_FLAGS)
-	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path $(DEMO)/emasavedmodel_0.99_001500.pt \
+	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path $(DEMO)/emasavedmodel_0.99_001200.pt \
 	  --results_dir $(DEMO) --fit crop --num_ensemble 8 --batch_size 16 --timestep_respacing 10 --use_bf16 $(BF16)
 
 test: .venv/installed

@@ -136,9 +136,9 @@ def load(path, flag="--model_path"):
     try:
         return torch.load(io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises almost anything on a damaged file
-        reason = str(error).strip().split("\n")[0][:150]
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:150]
         raise InputError(f"{flag} {path}: is truncated, damaged, or not a checkpoint of weights"
-                         f" ({type(error).__name__}: {reason})") from None
+                         f" ({type(error).__name__}: {reason}); name another, or remove it") from None
 
 
 def load_model(model, path, flag="--model_path"):

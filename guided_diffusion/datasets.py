@@ -123,6 +123,10 @@ class SegmentationCases(torch.utils.data.Dataset):
         if len(image) not in (1, self.image_channels):
             raise InputError(f"{files.images[0]}: {len(image)} channels in the image(s) of this case, but"
                              f" --image_channels is {self.image_channels}")
+        for first, second in zip(files.labels, files.labels[1:]):
+            if _kind(first) == _kind(second):
+                raise InputError(f"{second}: is a second {_kind(second)} of its case, beside {first.name}; give every"
+                                 f" rater a number of their own")
         size = image.shape[1:]
         masks = [_read_label(path, size, files.images[0]) for path in files.labels]
         if size != (self.image_size,) * 2:

@@ -4,6 +4,7 @@ Everything is sent from a thread of its own, through a short queue: a server tha
 run one line in the log and no time. Pictures go to the server on this machine and nowhere else.
 """
 
+import logging
 import queue
 import socket
 import threading
@@ -71,6 +72,7 @@ class Monitor:
 
     def _send(self, visdom, port, env):
         jobs = self._queue
+        logging.getLogger("visdom").setLevel(logging.CRITICAL)  # what there is to say, the log says below
         try:
             server = visdom.Visdom(server="http://127.0.0.1", port=port, env=env, use_incoming_socket=False,
                                    raise_exceptions=True)

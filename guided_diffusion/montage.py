@@ -14,8 +14,8 @@ MAX_MEMBERS = 24
 def case_montage(name, image, masks, ensemble):
     """The montage of one case, as a PIL picture.
 
-    First row: scan, raters' outlines, share of raters, share of the ensemble (probability), its spread; below, every
-    rater's mask, then the members' (the first 24).
+    First row: scan, raters' outlines, share of raters, share of the ensemble (probability), twice its spread (at most
+    0.5); below, every rater's mask in the colour of their outline, then the members' (the first 24).
 
     :param image: [C, H, W] in [0, 1], of which the first channel is shown.
     :param masks: [R, H, W] bool, R may be 0.
@@ -29,9 +29,9 @@ def case_montage(name, image, masks, ensemble):
         top += [("raters' outlines", _outlined(scan, masks, scale)),
                 ("share of raters", _coloured(masks.mean(0), scale))]
     top += [("probability", _coloured(ensemble.mean(0), scale)),
-            ("spread (0 to 0.5)", _coloured(2 * ensemble.std(0), scale)), (None, _colour_bar(side * scale))]
+            ("2 \u00d7 spread", _coloured(2 * ensemble.std(0), scale)), (None, _colour_bar(side * scale))]
     rows = [top]
-    raters = [(f"rater {i}", _grey(mask, scale)) for i, mask in enumerate(masks)]
+    raters = [(f"rater {i}", _tinted(mask, i, scale)) for i, mask in enumerate(masks)]
     members = [(f"member {i}", _grey(mask, scale)) for i, mask in enumerate(ensemble[:MAX_MEMBERS])]
     columns = max(len(top) - 1, min(8, max(len(raters), len(members))))
     for cells in (raters, members):
@@ -44,6 +44,7 @@ def case_montage(name, image, masks, ensemble):
 def _grid(title, rows, cell, columns):
     """Rows of (title, [H, W, 3] uint8) on a white page."""
     width = MARGIN + columns * (cell + MARGIN) + 70  # room for the colour bar
+    width = max(width, 2 * MARGIN + int(FONT.getlength(title)) + 1)
     height = TITLE + 2 * MARGIN + len(rows) * (cell + TITLE + MARGIN)
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
@@ -75,6 +76,11 @@ def _grey(values, scale):
     """[H, W] in [0, 1] or bool -> [sH, sW, 3] uint8."""
     pixels = np.round(np.clip(values, 0, 1) * 255.0).astype(np.uint8)
     return _enlarge(pixels, scale)[..., None].repeat(3, 2)
+
+
+def _tinted(mask, i, scale):
+    """[H, W] bool -> [sH, sW, 3] uint8, foreground in the colour of outline i."""
+    return _enlarge(mask[..., None] * np.array(_OUTLINES[i % len(_OUTLINES)], np.uint8), scale)
 
 
 def _coloured(values, scale):

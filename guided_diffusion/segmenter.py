@@ -37,8 +37,8 @@ class Segmenter:
     def sample(self, image, num_ensemble=16, steps=None, seed=0, batch_size=None):
         """Draw an ensemble of masks for one scan, [num_ensemble, H, W] bool.
 
-        :param image: [H, W], or [C, H, W] with the model's number of channels; integers span their type's range,
-            floats are in [0, 1]. H = W = the model's image_size.
+        :param image: [H, W], or [C, H, W] with the model's number of channels; uint8 or uint16 spanning their range,
+            or floats in [0, 1]. H = W = the model's image_size.
         :param steps: network calls a mask (default: the model's own, usually 1000).
         :param seed: the same seed gives the same masks.
         :param batch_size: masks drawn at once (default: all).
@@ -58,10 +58,11 @@ class Segmenter:
     def _prepare(self, image):
         """-> [1, C, S, S] float32 in [0, 1]."""
         image = np.asarray(image)
-        if np.issubdtype(image.dtype, np.integer):
+        if image.dtype in (np.uint8, np.uint16):
             image = image / np.iinfo(image.dtype).max
-        elif image.size and (image.min() < 0 or image.max() > 1):
-            raise ValueError(f"image holds {image.min():g} to {image.max():g}; scale it to [0, 1]")
+        elif not (np.issubdtype(image.dtype, np.floating) and ((image >= 0) & (image <= 1)).all()):
+            raise ValueError(f"image is {image.dtype} from {image.min():g} to {image.max():g}; give uint8, uint16, or"
+                             f" floats and scale it to [0, 1]")
         side, channels = self.flags["image_size"], self.flags["image_channels"]
         if image.ndim == 2:
             image = image[None].repeat(channels, axis=0)

@@ -289,6 +289,13 @@ def test_resize_scales_image_and_masks_to_the_square(tmp_path, dtype, shape):
     assert np.array_equal(case.masks[0], np.repeat(np.arange(SIZE) >= 8, SIZE).reshape(SIZE, SIZE))
 
 
+def test_two_files_of_one_rater_are_refused_by_name(make_cases, tmp_path):
+    case = make_cases(tmp_path, count=1, raters=2) / "case0"
+    (case / "label1_.png").rename(case / "label0_again.png")
+    with pytest.raises(InputError, match="label0_again.png: is a second label0"):
+        SegmentationCases(tmp_path, 16)
+
+
 def test_resize_fits_every_channel_and_cases_without_labels(tmp_path):
     save(tmp_path / "a" / "image_1.png", np.full((40, 40, 3), (10, 20, 30), np.uint8))
     case = SegmentationCases(tmp_path, SIZE, 3, fit="resize", need_labels=False)[0]

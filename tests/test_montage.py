@@ -62,8 +62,17 @@ def test_every_part_has_a_labelled_cell_and_the_page_holds_them_all(size, raters
     for cell, _ in sum([first, *others], []):
         assert cell.shape == (side, side, 3)
     below = [cell for row in others for cell, _ in row]
-    for cell, mask in zip(below, [*masks, *ensemble[:shown]]):
+    for cell, mask in zip(below, masks):  # each rater in one colour, that of an outline
+        colour = cell.reshape(-1, 3).max(0)
+        assert np.array_equal(cell, np.where(enlarged(mask, side) > 0, colour, 0))
+        assert (first[1][0] == colour).all(-1).any()
+    for cell, mask in zip(below[raters:], ensemble[:shown]):
         assert np.array_equal(cell, enlarged(mask, side))
+
+
+def test_page_is_as_wide_as_a_long_name():
+    short, long = (case_montage(name, *make_case(16, 0, 1)).width for name in ("x", "patient " * 40))
+    assert long > short
 
 
 def test_page_is_white_around_its_cells_and_not_wider_than_needed():

@@ -356,6 +356,7 @@ def test_segmenter_uses_all_steps_of_the_model_by_default(trained):
 @pytest.mark.parametrize("image, words", [
     (np.zeros((16, 17)), r"\[4, 16, 17\]"), (np.zeros((3, 16, 16)), r"\[3, 16, 16\].*\[4, 16, 16\]"),
     (np.full((16, 16), 200.0), r"scale it to \[0, 1\]"), (np.full((16, 16), -1.0), r"scale it to \[0, 1\]"),
+    (np.full((16, 16), 200), "int64"), (np.full((16, 16), np.nan), "nan"),
 ])
 def test_segmenter_refuses_scans_it_cannot_use(trained, image, words):
     with pytest.raises(ValueError, match=words):
