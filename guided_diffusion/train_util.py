@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from . import checkpoint, dist_util, logger
+from .errors import InputError
 from .nn import update_ema
 
 
@@ -245,7 +246,11 @@ class TrainLoop:
         if self.cimd.posterior is not None and "posterior" in rest:
             checkpoint.load_state(self.cimd.posterior, rest["posterior"], opt_path)
             checkpoint.load_state(self.cimd.prior, rest["prior"], opt_path)
-        self.optimizer.load_state_dict(rest["optimizer"])
+        try:
+            self.optimizer.load_state_dict(rest["optimizer"])
+        except ValueError:
+            raise InputError(f"{opt_path}: is of a run with{'' if 'posterior' in rest else 'out'} AMN and ACN; give the"
+                             f" --kl_weight it was trained with") from None
         if self.scaler.is_enabled() and rest["scaler"]:
             self.scaler.load_state_dict(rest["scaler"])
         self.schedule_sampler.load_state_dict(rest["schedule_sampler"])

@@ -13,6 +13,7 @@ from torch.distributions import kl_divergence
 
 from guided_diffusion import checkpoint
 from guided_diffusion.datasets import Case, ShuffledCases
+from guided_diffusion.errors import InputError
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
@@ -426,6 +427,13 @@ def test_resume_continues_bit_for_bit(tmp_path, loss_aware):
     assert len(names) == 4
     for name in names:
         assert_same(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "stopped")))
+
+
+def test_optimiser_of_other_networks_is_refused_by_name(tmp_path):
+    make_loop(tmp_path, max_steps=1).run_loop()
+    plain = make_loop(tmp_path, make_cimd(kl_weight=0))
+    with pytest.raises(InputError, match=r"optsavedmodel000001.pt: is of a run with AMN and ACN.*--kl_weight"):
+        plain.resume(tmp_path / "savedmodel.pt")
 
 
 def test_annealed_learning_rate_resumes_where_it_was(tmp_path):
