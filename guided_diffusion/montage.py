@@ -29,7 +29,7 @@ def case_montage(name, image, masks, ensemble):
         top += [("raters' outlines", _outlined(scan, masks, scale)),
                 ("share of raters", _coloured(masks.mean(0), scale))]
     top += [("probability", _coloured(ensemble.mean(0), scale)),
-            ("2 \u00d7 spread", _coloured(2 * ensemble.std(0), scale)), (None, _colour_bar(side * scale))]
+            ("2 x spread", _coloured(2 * ensemble.std(0), scale)), (None, _colour_bar(side * scale))]
     rows = [top]
     raters = [(f"rater {i}", _tinted(mask, i, scale)) for i, mask in enumerate(masks)]
     members = [(f"member {i}", _grey(mask, scale)) for i, mask in enumerate(ensemble[:MAX_MEMBERS])]
