@@ -223,8 +223,11 @@ class TrainLoop:
 
         Weights alone (of the published code, say) start with fresh optimiser, encoders and averages, and say so.
         """
-        checkpoint.load_model(self.cimd.model, model_path, "--resume_checkpoint")
         folder, step = checkpoint.folder_of(model_path), checkpoint.step_of(model_path)
+        if step is not None and str(model_path).rsplit("/", 1)[-1] == checkpoint.NEWEST:
+            # a run killed while it saved may have left it one save behind the rest
+            model_path = checkpoint.join(folder, checkpoint.model_name(step))
+        checkpoint.load_model(self.cimd.model, model_path, "--resume_checkpoint")
         for rate, ema in self.ema.items():
             ema_path = checkpoint.join(folder, checkpoint.ema_name(rate, step or 0))
             if step is not None and checkpoint.exists(ema_path):

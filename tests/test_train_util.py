@@ -429,6 +429,15 @@ def test_resume_continues_bit_for_bit(tmp_path, loss_aware):
         assert_same(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "stopped")))
 
 
+def test_resume_from_the_newest_takes_weights_and_optimiser_of_one_step(tmp_path):
+    make_loop(tmp_path, max_steps=2, save_interval=1, lr=1e-2).run_loop()
+    (tmp_path / "savedmodel.pt").write_bytes((tmp_path / "savedmodel000001.pt").read_bytes())  # killed before the copy
+    resumed = make_loop(tmp_path)
+    resumed.resume(tmp_path / "savedmodel.pt")
+    assert resumed.step == 2
+    assert_same(resumed.cimd.model.state_dict(), checkpoint.load(tmp_path / "savedmodel000002.pt"))
+
+
 def test_optimiser_of_other_networks_is_refused_by_name(tmp_path):
     make_loop(tmp_path, max_steps=1).run_loop()
     plain = make_loop(tmp_path, make_cimd(kl_weight=0))
