@@ -14,7 +14,6 @@ import io
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -97,20 +96,6 @@ def write_bytes(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def copy(source, target):
-    """Copy within a results folder; the target appears whole or not at all."""
-    if is_remote(source):
-        _blobfile().copy(str(source), str(target), overwrite=True)
-        return
-    target = Path(target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -76,19 +76,11 @@ def parse_flags(job, description, argv=None):
     return args, given
 
 
-_AT_LEAST = {
-    "batch_size": 1, "num_ensemble": 1, "num_samples": 0, "max_steps": 0, "lr_anneal_steps": 0, "log_interval": 1,
-    "save_interval": 1, "diffusion_steps": 1, "image_channels": 1, "num_res_blocks": 1, "num_heads": 1,
-    "latent_dim": 1, "no_convs_per_block": 1, "input_channels_dist": 1, "kl_weight": 0, "weight_decay": 0,
-    "visdom_port": 0, "ngpu": 0, "seed": 0, "median_blur": 0, "lr": 0, "ddim_eta": 0, "dropout": 0,
-}
-
-
 def _check_ranges(args, given):
     values = vars(args)
-    for name, least in _AT_LEAST.items():
-        if name in values and not values[name] >= least:
-            raise InputError(f"--{name} {values[name]}: must be at least {least}")
+    for flag in FLAGS:
+        if flag.least is not None and flag.name in values and not values[flag.name] >= flag.least:
+            raise InputError(f"--{flag.name} {values[flag.name]}: must be at least {flag.least}")
     if values.get("median_blur") and values["median_blur"] % 2 == 0:
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
     if "ddim_eta" in given and not args.use_ddim:

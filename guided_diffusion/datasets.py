@@ -145,7 +145,7 @@ class SegmentationCases(torch.utils.data.Dataset):
                                  f" {side}; use --fit resize")
             top, left = (height - side) // 2, (width - side) // 2
             window = np.s_[..., top:top + side, left:left + side]
-            return image[window], [mask[window] for mask in masks]
+            return image[window].copy(), [mask[window] for mask in masks]  # a view would keep the whole picture
         return (np.stack([_resize(channel, side) for channel in image]),
                 [_resize(mask.astype(np.uint8) * 255, side) > 127 for mask in masks])
 

@@ -52,9 +52,6 @@ class Monitor:
             self._put("images", tensor=(pictures * 255).cpu().numpy(), nrow=len(pictures), win=name,
                       opts={"title": name, "caption": caption})
 
-    def text(self, name, html):
-        self._put("text", text=html, win=name, opts={"title": name})
-
     def close(self, timeout=5):
         """Wait for what is still to be sent, but no longer than `timeout` seconds."""
         if self.active:

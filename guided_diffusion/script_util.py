@@ -20,21 +20,23 @@ class Flag(NamedTuple):
     default: Any
     help: str
     group: str
+    least: Any = None  # the smallest value allowed
 
 
 FLAGS = [
     Flag("image_size", int, 64, "side of images and masks in pixels; the U-Net halves it once a level", "model"),
-    Flag("image_channels", int, 4, "channels of the scan; a single-channel image is repeated (published: 4)", "model"),
+    Flag("image_channels", int, 4, "channels of the scan; a single-channel image is repeated (published: 4)",
+         "model", least=1),
     Flag("num_channels", int, 128, "channels at full resolution, a multiple of 32; the cost grows with its square",
          "model"),
-    Flag("num_res_blocks", int, 2, "residual blocks a level", "model"),
+    Flag("num_res_blocks", int, 2, "residual blocks a level", "model", least=1),
     Flag("channel_mult", str, "", "channels of each level as multiples of num_channels, as in 1,2,3,4; sizes 64, 128,"
          " 256 and 512 have a default", "model"),
-    Flag("num_heads", int, 4, "attention heads", "model"),
+    Flag("num_heads", int, 4, "attention heads", "model", least=1),
     Flag("num_heads_upsample", int, -1, "attention heads on the way up (-1: num_heads)", "model"),
     Flag("num_head_channels", int, -1, "channels of one attention head, instead of num_heads (-1: off)", "model"),
     Flag("attention_resolutions", str, "16,8", "sides of the feature maps that get attention", "model"),
-    Flag("dropout", float, 0.0, "dropout in the residual blocks, 0 to 1", "model"),
+    Flag("dropout", float, 0.0, "dropout in the residual blocks, 0 to 1", "model", least=0),
     Flag("class_cond", bool, False, "condition on a class label; from Python only, since the data hold no classes",
          "model"),
     Flag("use_checkpoint", bool, False, "recompute activations in the backward pass: less memory, more time", "model"),
@@ -45,15 +47,15 @@ FLAGS = [
     Flag("use_fp16", bool, False, "half precision with loss scaling, CUDA only", "model"),
     Flag("use_bf16", bool, False, "bfloat16, CUDA or CPU; needs no loss scaling", "model"),
 
-    Flag("input_channels_dist", int, 1, "image channels that AMN and ACN see (the first ones)", "encoders"),
+    Flag("input_channels_dist", int, 1, "image channels that AMN and ACN see (the first ones)", "encoders", least=1),
     Flag("num_filters", str, "32,64,128,192", "filters of each block of AMN and ACN", "encoders"),
-    Flag("no_convs_per_block", int, 3, "convolutions a block of AMN and ACN", "encoders"),
-    Flag("latent_dim", int, 6, "dimensions of their latent Gaussian", "encoders"),
+    Flag("no_convs_per_block", int, 3, "convolutions a block of AMN and ACN", "encoders", least=1),
+    Flag("latent_dim", int, 6, "dimensions of their latent Gaussian", "encoders", least=1),
     Flag("kl_weight", float, 0.001, "weight of KL(AMN || ACN) in the loss; 0 trains the plain diffusion ensemble,"
-         " without AMN and ACN", "encoders"),
+         " without AMN and ACN", "encoders", least=0),
 
     Flag("learn_sigma", bool, False, "learn the variance of each denoising step, too", "diffusion"),
-    Flag("diffusion_steps", int, 1000, "timesteps of the diffusion process", "diffusion"),
+    Flag("diffusion_steps", int, 1000, "timesteps of the diffusion process", "diffusion", least=1),
     Flag("noise_schedule", ("linear", "cosine"), "linear", "how noise grows with the timestep", "diffusion"),
     Flag("timestep_respacing", str, "", 'use fewer timesteps: "250" evenly, "10,15,20" a third each, "ddim25" at a'
          ' whole stride; "" uses all', "diffusion"),
@@ -66,17 +68,17 @@ FLAGS = [
          "training"),
     Flag("schedule_sampler", ("uniform", "loss-second-moment"), "uniform", "which timesteps training draws: all alike,"
          " or more of those with a large loss", "training"),
-    Flag("lr", float, 1e-4, "learning rate of AdamW", "training"),
-    Flag("weight_decay", float, 0.0, "weight decay of AdamW", "training"),
+    Flag("lr", float, 1e-4, "learning rate of AdamW", "training", least=0),
+    Flag("weight_decay", float, 0.0, "weight decay of AdamW", "training", least=0),
     Flag("lr_anneal_steps", int, 0, "bring the learning rate linearly to 0 over so many steps, then stop (0: constant)",
-         "training"),
-    Flag("max_steps", int, 0, "stop after so many steps (0: go on until stopped with Ctrl-C)", "training"),
-    Flag("batch_size", int, 1, "examples per process and step", "training"),
+         "training", least=0),
+    Flag("max_steps", int, 0, "stop after so many steps (0: go on until stopped with Ctrl-C)", "training", least=0),
+    Flag("batch_size", int, 1, "examples per process and step", "training", least=1),
     Flag("microbatch", int, -1, "split each batch into parts of this size to save memory; the result is the same"
          " (-1: do not)", "training"),
     Flag("ema_rate", str, "0.9999", "rates of the moving averages of the weights, separated by commas", "training"),
-    Flag("log_interval", int, 100, "steps between lines of the log", "training"),
-    Flag("save_interval", int, 5000, "steps between checkpoints", "training"),
+    Flag("log_interval", int, 100, "steps between lines of the log", "training", least=1),
+    Flag("save_interval", int, 5000, "steps between checkpoints", "training", least=1),
     Flag("resume_checkpoint", str, "", 'go on from this savedmodel<step>.pt ("": from the newest in the results folder'
          ' if there is one)', "training"),
     Flag("fp16_scale_growth", float, 1e-3, "growth of the loss scale a step with --use_fp16, as a power of 2",
@@ -86,22 +88,23 @@ FLAGS = [
          "sampling"),
     Flag("model_path", str, "", 'weights to sample from: savedmodel*.pt or emasavedmodel*.pt ("": the newest in the'
          ' results folder)', "sampling"),
-    Flag("num_ensemble", int, 5, "masks to draw for each case", "sampling"),
-    Flag("num_samples", int, 0, "sample the first so many cases (0: all)", "sampling"),
-    Flag("batch_size", int, 1, "masks drawn at once, across cases and members", "sampling"),
+    Flag("num_ensemble", int, 5, "masks to draw for each case", "sampling", least=1),
+    Flag("num_samples", int, 0, "sample the first so many cases (0: all)", "sampling", least=0),
+    Flag("batch_size", int, 1, "masks drawn at once, across cases and members", "sampling", least=1),
     Flag("clip_denoised", bool, True, "clip the predicted mask to its range at every step", "sampling"),
     Flag("use_ddim", bool, False, "sample with DDIM instead of ancestral steps", "sampling"),
-    Flag("ddim_eta", float, 0.0, "noise of DDIM: 0 deterministic, 1 as much as ancestral steps", "sampling"),
-    Flag("median_blur", int, 0, "smooth each mask with a median filter of this odd side (0: do not)", "sampling"),
+    Flag("ddim_eta", float, 0.0, "noise of DDIM: 0 deterministic, 1 as much as ancestral steps", "sampling", least=0),
+    Flag("median_blur", int, 0, "smooth each mask with a median filter of this odd side (0: do not)",
+         "sampling", least=0),
 
     Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of another size than image_size",
          "files and processes"),
     Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
          " $OPENAI_LOGDIR, else ./results)", "files and processes"),
-    Flag("seed", int, 0, "seed of everything random", "files and processes"),
-    Flag("visdom_port", int, 8097, "port of the Visdom server to draw on (0: none)", "files and processes"),
+    Flag("seed", int, 0, "seed of everything random", "files and processes", least=0),
+    Flag("visdom_port", int, 8097, "port of the Visdom server to draw on (0: none)", "files and processes", least=0),
     Flag("ngpu", int, 0, "start so many processes on this machine, one a GPU (0: as the launcher did)",
-         "files and processes"),
+         "files and processes", least=0),
     Flag("local_rank", int, None, "set by old launchers", "files and processes"),
 ]
 

@@ -213,8 +213,8 @@ class TrainLoop:
             checkpoint.save(path(checkpoint.opt_name(self.step)), rest)
             for rate, ema in self.ema.items():
                 checkpoint.save(path(checkpoint.ema_name(rate, self.step)), ema.state_dict())
-            checkpoint.save(path(checkpoint.model_name(self.step)), self.cimd.model.state_dict())
-            checkpoint.copy(path(checkpoint.model_name(self.step)), path(checkpoint.NEWEST))
+            for name in (checkpoint.model_name(self.step), checkpoint.NEWEST):
+                checkpoint.save(path(name), self.cimd.model.state_dict())
             logger.log(f"saved step {self.step} in {self.results_dir}")
         dist_util.barrier()
 

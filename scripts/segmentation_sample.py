@@ -41,13 +41,13 @@ def main():
     settings = {**pick(args, "model", "diffusion"), "model": checkpoint.digest(model_path), "seed": args.seed,
                 "use_ddim": args.use_ddim, "ddim_eta": args.ddim_eta, "clip_denoised": args.clip_denoised,
                 "median_blur": args.median_blur}
-    prints = {}
+    fingerprints = {}  # of this process's cases that are still to be drawn, by their number
     for i in range(rank, len(cases), world_size):
         case = cases[i]
-        prints[i] = sample_util.fingerprint(case, **settings)
-        if sample_util.is_complete(folder, case.name, args.num_ensemble, prints[i]):
-            del prints[i]
-    todo = sum(dist_util.all_gather_objects(len(prints)))
+        fingerprints[i] = sample_util.fingerprint(case, **settings)
+        if sample_util.is_complete(folder, case.name, args.num_ensemble, fingerprints[i]):
+            del fingerprints[i]
+    todo = sum(dist_util.all_gather_objects(len(fingerprints)))
 
     logger.configure(enabled=rank == 0)
     logger.log("command:", shlex.join(sys.argv))
@@ -61,13 +61,13 @@ def main():
         model.to(dist_util.dev()).eval(), diffusion, batch_size=batch_size, seed=args.seed, use_ddim=args.use_ddim,
         ddim_eta=args.ddim_eta, clip_denoised=args.clip_denoised, dtype=dtype)
     monitor = Monitor(args.visdom_port if rank == 0 else 0, env=os.path.basename(os.path.abspath(folder)))
-    calls = -(-len(prints) * args.num_ensemble // batch_size) * diffusion.num_timesteps
+    calls = -(-len(fingerprints) * args.num_ensemble // batch_size) * diffusion.num_timesteps
     start = time.perf_counter()
     with tqdm(total=calls, desc="sampling", unit=" calls", dynamic_ncols=True,
               disable=None if rank == 0 else True) as bar:
-        ensembles = sampler.ensembles((cases[i] for i in prints), args.num_ensemble, bar.update)
-        for i, (case, samples) in zip(prints, ensembles):
-            sample_util.write_case(folder, case, samples, args.median_blur, prints[i])
+        ensembles = sampler.ensembles((cases[i] for i in fingerprints), args.num_ensemble, bar.update)
+        for i, (case, samples) in zip(fingerprints, ensembles):
+            sample_util.write_case(folder, case, samples, args.median_blur, fingerprints[i])
             monitor.pictures("scan", torch.from_numpy(case.image[None, :1]), case.name)
             monitor.pictures("ensemble", torch.from_numpy(samples[:8, None]), case.name)
     monitor.close()

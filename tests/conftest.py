@@ -106,13 +106,8 @@ def bucket(monkeypatch):
     def listdir(path):
         return [name.removeprefix(path + "/") for name in store if name.startswith(path + "/")]
 
-    def copy(source, target, overwrite=False):
-        assert overwrite or target not in store
-        store[target] = store[source]
-
     monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode: (
         Writer(path) if mode == "wb" else io.BytesIO(store[path])))
     monkeypatch.setattr(blobfile, "exists", lambda path: path in store or bool(listdir(path)))
     monkeypatch.setattr(blobfile, "listdir", listdir)
-    monkeypatch.setattr(blobfile, "copy", copy)
     return store

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import refusal
 
 from guided_diffusion import cli
 from guided_diffusion.cli import parse_flags
-from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import ModelVarType
 from guided_diffusion.script_util import (
     apply_stored_flags, autocast_dtype, create_gaussian_diffusion, create_model, pick, stored_flags,
@@ -47,14 +47,6 @@ TRAIN_FLAGS = "--lr 1e-4 --batch_size 20"
 
 def parse(job, text=""):
     return parse_flags(job, "", shlex.split(text))
-
-
-def refusal(function, *args, **kwargs):
-    with pytest.raises(InputError) as caught:
-        function(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # ---- the table ----

@@ -268,6 +268,12 @@ def test_crop_takes_the_central_square_of_image_and_masks(tmp_path):
     assert np.array_equal(case.masks[0], label[2:18, 7:23])
 
 
+def test_cropped_images_in_memory_do_not_hold_the_whole_picture(make_cases, tmp_path):
+    cases = SegmentationCases(make_cases(tmp_path, size=64), SIZE, fit="crop")
+    for image, packed, _ in cases._cache.values():
+        assert image.base is None and image.nbytes == SIZE ** 2 and packed.base is None
+
+
 def test_crop_of_a_smaller_image_is_refused(make_cases, tmp_path):
     make_cases(tmp_path, 1, size=12)
     message = problems_of(tmp_path, SIZE, fit="crop")

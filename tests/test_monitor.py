@@ -136,14 +136,12 @@ def test_pictures_arrive_as_an_image_window_with_a_caption(shared_server):
     monitor = Monitor(shared_server.port, "pictures")
     monitor.pictures("prediction", torch.rand(3, 1, 16, 16), "of x_0")
     monitor.pictures("image", torch.from_numpy(np.random.default_rng(0).random((2, 3, 16, 16))))
-    monitor.text("notes", "<b>hello</b>")
     monitor.close(PATIENCE)
     windows = shared_server.windows("pictures")
-    assert set(windows) == {"prediction", "image", "notes"}
+    assert set(windows) == {"prediction", "image"}
     for name in ("prediction", "image"):
         assert windows[name]["type"] == "image" and windows[name]["content"]["src"].startswith("data:image/")
     assert windows["prediction"]["content"]["caption"] == "of x_0"
-    assert "hello" in windows["notes"]["content"]
 
 
 def test_a_window_is_redrawn_not_repeated(shared_server):

@@ -2,21 +2,12 @@
 
 import pytest
 import torch
+from helpers import refusal
 
-from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from guided_diffusion.script_util import (
     create_encoders, create_gaussian_diffusion, create_model, create_model_and_diffusion,
 )
-
-
-def refusal(function, *args, **kwargs):
-    with pytest.raises(InputError) as caught:
-        function(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
 
 TINY = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8",
             num_heads=1)
