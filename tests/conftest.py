@@ -10,19 +10,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import MODEL
 from PIL import Image
+
+from guided_diffusion import checkpoint
+from guided_diffusion.script_util import create_model_and_diffusion
 
 torch.set_num_threads(1)  # threads only wait for each other in networks this small, above all on a busy machine
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--image_size", "16", "--num_channels", "32", "--channel_mult", "1,2", "--num_res_blocks", "1",
-        "--attention_resolutions", "8", "--num_heads", "1", "--diffusion_steps", "30"]
 
 
 @pytest.fixture
 def tiny():
-    """Flags of a U-Net and a diffusion process that train and sample in a moment."""
-    return list(TINY)
+    """The flags of helpers.MODEL as words of a command line."""
+    return [word for name, value in MODEL.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture
@@ -52,6 +54,20 @@ def make_cases():
         Image.fromarray(pixels.astype(np.uint8)).save(path, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A results folder with weights that draw something, and its flags."""
+    folder = tmp_path_factory.mktemp("trained")
+    generator = torch.Generator().manual_seed(0)
+    model, _ = create_model_and_diffusion(**MODEL)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
+    checkpoint.save(folder / "savedmodel.pt", model.state_dict())
+    checkpoint.save_flags(folder, MODEL)
+    return folder
 
 
 @pytest.fixture

@@ -4,6 +4,10 @@ import pytest
 
 from guided_diffusion.errors import InputError
 
+# flags of a U-Net and a diffusion process that train and sample in a moment
+MODEL = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8",
+             num_heads=1, diffusion_steps=30)
+
 
 def refusal(function, *args, **kwargs):
     """The message of the InputError that a call raises, which must be one line."""

@@ -8,14 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import MODEL
 from PIL import Image
 
-from guided_diffusion import Segmenter, checkpoint, script_util
-from guided_diffusion.errors import InputError
+from guided_diffusion import checkpoint, script_util
 
 TRAIN, SAMPLE = "segmentation_train.py", "segmentation_sample.py"
-MODEL = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8",
-             num_heads=1, diffusion_steps=30)
 KINDS = ["ensemble.npz", "mean.png", "montage.png", "output0.png", "output1.png", "std.png"]  # of 2 members
 
 
@@ -54,20 +52,6 @@ def train(run, data, tiny):
                    *tiny, *steps, *flags)
 
     return call
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A results folder with weights that draw something, and its flags."""
-    folder = tmp_path_factory.mktemp("trained")
-    generator = torch.Generator().manual_seed(0)
-    model, _ = script_util.create_model_and_diffusion(**MODEL)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
-    checkpoint.save(folder / "savedmodel.pt", model.state_dict())
-    checkpoint.save_flags(folder, MODEL)
-    return folder
 
 
 @pytest.fixture
@@ -325,53 +309,6 @@ def test_a_bucket_holds_a_whole_run(run, train, data, bucket, tmp_path, monkeypa
                                             "emasavedmodel_0.9999_000001.pt", "case2_output1.png")} <= set(bucket)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "logs"]
     assert "saved step 2" in (tmp_path / "logs" / "log.txt").read_text()
-
-
-# ---- the Python door ----
-
-def test_segmenter_gives_the_same_masks_for_integers_and_floats_every_time(trained):
-    segmenter = Segmenter.load(trained / "savedmodel.pt", device="cpu")
-    image = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
-    masks = segmenter.sample(image, num_ensemble=3, steps=4)
-    assert masks.shape == (3, 16, 16) and masks.dtype == bool and 0 < masks.mean() < 1
-    assert len({mask.tobytes() for mask in masks}) == 3
-    for other in (image, image / 255, (image / 255).astype(np.float32), image.astype(np.uint16) * 257,
-                  np.repeat(image[None], 4, 0)):
-        assert np.array_equal(segmenter.sample(other, num_ensemble=3, steps=4), masks)
-    again = Segmenter.load(str(trained / "savedmodel.pt"), device="cpu")
-    assert np.array_equal(again.sample(image, num_ensemble=3, steps=4, batch_size=2), masks)
-    assert not np.array_equal(segmenter.sample(image, num_ensemble=3, steps=4, seed=1), masks)
-    assert np.array_equal(segmenter.sample(image, num_ensemble=2, steps=4), masks[:2])
-
-
-def test_segmenter_uses_all_steps_of_the_model_by_default(trained):
-    segmenter, calls = Segmenter.load(trained / "savedmodel.pt", device="cpu"), []
-    segmenter.model.register_forward_hook(lambda *args: calls.append(1))
-    segmenter.sample(np.zeros((16, 16)), num_ensemble=1)
-    assert len(calls) == 30
-    segmenter.sample(np.zeros((16, 16)), num_ensemble=1, steps=5)
-    assert len(calls) == 35
-
-
-@pytest.mark.parametrize("image, words", [
-    (np.zeros((16, 17)), r"\[4, 16, 17\]"), (np.zeros((3, 16, 16)), r"\[3, 16, 16\].*\[4, 16, 16\]"),
-    (np.full((16, 16), 200.0), r"scale it to \[0, 1\]"), (np.full((16, 16), -1.0), r"scale it to \[0, 1\]"),
-    (np.full((16, 16), 200), "int64"), (np.full((16, 16), np.nan), "nan"),
-])
-def test_segmenter_refuses_scans_it_cannot_use(trained, image, words):
-    with pytest.raises(ValueError, match=words):
-        Segmenter.load(trained / "savedmodel.pt").sample(image, steps=2)
-
-
-def test_segmenter_takes_flags_for_a_checkpoint_without_them_and_refuses_other_architectures(trained, tmp_path):
-    shutil.copy(trained / "savedmodel.pt", tmp_path / "bare.pt")
-    image = np.random.default_rng(0).random((16, 16))
-    expected = Segmenter.load(trained / "savedmodel.pt").sample(image, 2, steps=3)
-    assert np.array_equal(Segmenter.load(tmp_path / "bare.pt", **MODEL).sample(image, 2, steps=3), expected)
-    with pytest.raises(InputError, match="another architecture"):
-        Segmenter.load(tmp_path / "bare.pt", **{**MODEL, "channel_mult": "1,1"})
-    with pytest.raises(InputError, match="no such file"):
-        Segmenter.load(tmp_path / "gone.pt", **MODEL)
 
 
 # ---- bad input: exit code 2, one line, and nothing half-written ----
