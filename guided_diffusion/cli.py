@@ -10,6 +10,12 @@ from . import checkpoint, dist_util
 from .errors import InputError
 from .script_util import FLAGS, defaults, parse_numbers
 
+# the groups of flags that a script takes
+JOBS = {
+    "training": ("model", "encoders", "diffusion", "training", "files and processes", "results"),
+    "sampling": ("model", "diffusion", "sampling", "files and processes", "results"),
+    "evaluation": ("evaluation", "files and processes"),
+}
 _GROUP_TITLES = {
     "model": "the U-Net", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
     "diffusion": "the diffusion process",
@@ -39,7 +45,7 @@ def _parser(job, description):
                      usage="%(prog)s [--flag VALUE ...]")
     groups = {}
     for flag in FLAGS:
-        if flag.group in ("training", "encoders", "sampling") and flag.group not in job:
+        if flag.group not in JOBS[job]:
             continue
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(_GROUP_TITLES.get(flag.group, flag.group))
@@ -59,7 +65,7 @@ def _parser(job, description):
 def parse_flags(job, description, argv=None):
     """Read the command line of a script.
 
-    :param job: the groups of the table that belong to this script only: ("training", "encoders") or ("sampling",).
+    :param job: "training", "sampling" or "evaluation".
     :returns: all flags as a namespace, and the dict of those that were given.
     :raises InputError: for a flag that does not exist, naming the nearest that does, or a bad value.
     """
@@ -71,27 +77,27 @@ def parse_flags(job, description, argv=None):
         near = difflib.get_close_matches(word, flags, 1, 0.6)
         raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     given = vars(known)
-    args = SimpleNamespace(**{**defaults("model", "diffusion", "files and processes", *job), **given})
-    _check_ranges(args, given)
+    args = SimpleNamespace(**{**defaults(*JOBS[job]), **given})
+    _check_ranges(job, args, given)
     return args, given
 
 
-def _check_ranges(args, given):
+def _check_ranges(job, args, given):
     values = vars(args)
     for flag in FLAGS:
-        if flag.least is not None and flag.name in values and not values[flag.name] >= flag.least:
+        if flag.group in JOBS[job] and flag.least is not None and not values[flag.name] >= flag.least:
             raise InputError(f"--{flag.name} {values[flag.name]}: must be at least {flag.least}")
     if values.get("median_blur") and values["median_blur"] % 2 == 0:
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
     if "ddim_eta" in given and not args.use_ddim:
         raise InputError("--ddim_eta: only DDIM has it; give --use_ddim True, too")
-    if values.get("ddim_eta", 0) > 1 or values["dropout"] >= 1:
+    if values.get("ddim_eta", 0) > 1 or values.get("dropout", 0) >= 1:
         raise InputError("--ddim_eta must be at most 1 and --dropout below 1")
     if values.get("microbatch", -1) != -1 and values["microbatch"] < 1:
         raise InputError(f"--microbatch {args.microbatch}: must be at least 1, or -1 for whole batches")
-    if args.class_cond:
+    if values.get("class_cond"):
         raise InputError("--class_cond True: cases hold no class labels; use create_model(class_cond=True) from Python")
-    if args.use_fp16 and args.use_bf16:
+    if values.get("use_fp16") and values.get("use_bf16"):
         raise InputError("--use_fp16 and --use_bf16: choose one")
     if "ema_rate" in values:
         rates = parse_numbers(float, args.ema_rate, "ema_rate")

@@ -17,12 +17,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .errors import InputError
+from .errors import InputError, raise_problems
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 FITS = ("error", "resize", "crop")
 CACHE_BYTES = 4 << 30  # data sets up to this size are decoded once and kept in memory
-MAX_PROBLEMS_SHOWN = 100
 JPEG_RINGING = 32  # an empty JPEG label may hold values up to about this, of 255
 
 
@@ -105,49 +104,20 @@ class SegmentationCases(torch.utils.data.Dataset):
                     kept += result[0].nbytes + result[1].nbytes
         if kept > CACHE_BYTES:
             self._cache.clear()
-        if len(problems) == 1:
-            raise InputError(problems[0])
-        if problems:
-            shown = problems[:MAX_PROBLEMS_SHOWN]
-            rest = len(problems) - len(shown)
-            raise InputError("\n  ".join([f"{len(problems)} problems in {data_dir}:", *shown,
-                                          *([f"... and {rest} more"] if rest else [])]))
+        raise_problems(problems, data_dir)
 
     def _read(self, files):
         """Decode one case: image [c, S, S] uint8 or uint16, masks as packed bits, number of raters."""
-        if not files.images:
-            raise InputError(f"{files.folder}: no image (a file called image_<n>.jpg or .png)")
-        if not files.labels and self.need_labels:
-            raise InputError(f"{files.folder}: no labels (files called label0_.jpg, label1_.jpg, ... or .png)")
-        image = _join_channels([_read_image(path) for path in files.images], files.images)
+        image, masks = read_case(files, self.need_labels)
         if len(image) not in (1, self.image_channels):
             raise InputError(f"{files.images[0]}: {len(image)} channels in the image(s) of this case, but"
                              f" --image_channels is {self.image_channels}")
-        for first, second in zip(files.labels, files.labels[1:]):
-            if _kind(first) == _kind(second):
-                raise InputError(f"{second}: is a second {_kind(second)} of its case, beside {first.name}; give every"
-                                 f" rater a number of their own")
-        size = image.shape[1:]
-        masks = [_read_label(path, size, files.images[0]) for path in files.labels]
-        if size != (self.image_size,) * 2:
-            image, masks = self._fit(image, masks, files.images[0])
-        masks = np.array(masks, dtype=bool).reshape(len(masks), self.image_size, self.image_size)
+        if image.shape[1:] != (self.image_size,) * 2:
+            if self.fit == "error":
+                raise InputError(f"{files.images[0]}: is {image.shape[2]} x {image.shape[1]} pixels, but --image_size"
+                                 f" is {self.image_size}; give --fit resize or --fit crop, or another --image_size")
+            image, masks = fit_case(image, masks, self.image_size, self.fit, files.images[0])
         return image, np.packbits(masks), len(masks)
-
-    def _fit(self, image, masks, path):
-        side, (height, width) = self.image_size, image.shape[1:]
-        if self.fit == "error":
-            raise InputError(f"{path}: is {width} x {height} pixels, but --image_size is {side}; give --fit resize or"
-                             f" --fit crop, or another --image_size")
-        if self.fit == "crop":
-            if min(height, width) < side:
-                raise InputError(f"{path}: is {width} x {height} pixels, too small for --fit crop to --image_size"
-                                 f" {side}; use --fit resize")
-            top, left = (height - side) // 2, (width - side) // 2
-            window = np.s_[..., top:top + side, left:left + side]
-            return image[window].copy(), [mask[window] for mask in masks]  # a view would keep the whole picture
-        return (np.stack([_resize(channel, side) for channel in image]),
-                [_resize(mask.astype(np.uint8) * 255, side) > 127 for mask in masks])
 
 
 class ShuffledCases(torch.utils.data.Dataset):
@@ -216,11 +186,48 @@ def find_cases(data_dir):
     return sorted(cases, key=lambda files: files.name)
 
 
+def read_case(files, need_labels=True):
+    """Decode the files of one case: image [C, H, W] uint8 or uint16, and masks [R, H, W] bool, at their own size.
+
+    :raises InputError: naming the file that is missing or wrong.
+    """
+    if not files.images:
+        raise InputError(f"{files.folder}: no image (a file called image_<n>.jpg or .png)")
+    if not files.labels and need_labels:
+        raise InputError(f"{files.folder}: no labels (files called label0_.jpg, label1_.jpg, ... or .png)")
+    image = _join_channels([_read_image(path) for path in files.images], files.images)
+    for first, second in zip(files.labels, files.labels[1:]):
+        if _kind(first) == _kind(second):
+            raise InputError(f"{second}: is a second {_kind(second)} of its case, beside {first.name}; give every"
+                             f" rater a number of their own")
+    size = image.shape[1:]
+    masks = [_read_label(path, size, files.images[0]) for path in files.labels]
+    return image, np.array(masks, dtype=bool).reshape(len(masks), *size)
+
+
+def fit_case(image, masks, side, fit, path):
+    """Bring image [C, H, W] and masks [R, H, W] to side x side by `fit`, "resize" or "crop"; `path` names the image.
+
+    :raises InputError: for an image too small to crop.
+    """
+    height, width = image.shape[1:]
+    if fit == "resize":
+        masks = [_resize(mask.astype(np.uint8) * 255, side) > 127 for mask in masks]
+        return (np.stack([_resize(channel, side) for channel in image]),
+                np.array(masks, dtype=bool).reshape(len(masks), side, side))
+    if min(height, width) < side:
+        raise InputError(f"{path}: is {width} x {height} pixels, too small for --fit crop to --image_size {side}; use"
+                         f" --fit resize")
+    top, left = (height - side) // 2, (width - side) // 2
+    window = np.s_[:, top:top + side, left:left + side]
+    return image[window].copy(), masks[window].copy()  # a view would keep the whole picture
+
+
 def _kind(path):
     return path.stem.split("_")[0].lower()
 
 
-def _decode(path):
+def decode(path):
     """One picture as an array: [H, W] or [H, W, 3], uint8 or uint16."""
     try:
         with Image.open(path) as picture:
@@ -238,7 +245,7 @@ def _decode(path):
 
 def _read_image(path):
     """[c, H, W], uint8 or uint16; a colour picture whose channels are all equal counts as grey."""
-    pixels = _decode(path)
+    pixels = decode(path)
     if pixels.ndim == 3:
         if (pixels == pixels[..., :1]).all():
             return pixels[None, ..., 0]
@@ -259,7 +266,7 @@ def _join_channels(parts, paths):
 
 def _read_label(path, size, image_path):
     """[H, W] bool: foreground is above half of full scale."""
-    pixels = _decode(path)
+    pixels = decode(path)
     if pixels.ndim == 3:
         pixels = pixels.max(axis=2)
     if pixels.shape != size:

@@ -1,5 +1,7 @@
 """The one exception that speaks to the user."""
 
+MAX_PROBLEMS_SHOWN = 100
+
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message is one sentence naming the file or flag and the remedy.
@@ -10,3 +12,13 @@ class InputError(Exception):
     def __init__(self, message, on_every_rank=False):
         super().__init__(message)
         self.on_every_rank = on_every_rank
+
+
+def raise_problems(problems, where):
+    """Raise one InputError that lists all these messages, one a line; none at all is fine."""
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        rest = len(problems) - MAX_PROBLEMS_SHOWN
+        raise InputError("\n  ".join([f"{len(problems)} problems in {where}:", *problems[:MAX_PROBLEMS_SHOWN],
+                                      *([f"... and {rest} more"] if rest > 0 else [])]))

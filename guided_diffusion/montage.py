@@ -1,5 +1,7 @@
 """One picture of a case: the scan, its raters, the ensemble, and where they agree."""
 
+import io
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -8,14 +10,13 @@ FONT = ImageFont.load_default(15)
 # colour-blind-safe: the sequential map runs from dark blue to yellow, the outlines are Okabe and Ito's colours
 _MAP = np.array([[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]], float)
 _OUTLINES = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
-MAX_MEMBERS = 24
 
 
-def case_montage(name, image, masks, ensemble):
+def case_montage(name, image, masks, ensemble, max_members=24):
     """The montage of one case, as a PIL picture.
 
     First row: scan, raters' outlines, share of raters, share of the ensemble (probability), twice its spread (at most
-    0.5); below, every rater's mask in the colour of their outline, then the members' (the first 24).
+    0.5); below, every rater's mask in the colour of their outline, then the members' (the first max_members).
 
     :param image: [C, H, W] in [0, 1], of which the first channel is shown.
     :param masks: [R, H, W] bool, R may be 0.
@@ -32,13 +33,30 @@ def case_montage(name, image, masks, ensemble):
             ("2 x spread", _coloured(2 * ensemble.std(0), scale)), (None, _colour_bar(side * scale))]
     rows = [top]
     raters = [(f"rater {i}", _tinted(mask, i, scale)) for i, mask in enumerate(masks)]
-    members = [(f"member {i}", _grey(mask, scale)) for i, mask in enumerate(ensemble[:MAX_MEMBERS])]
+    members = [(f"member {i}", _grey(mask, scale)) for i, mask in enumerate(ensemble[:max_members])]
     columns = max(len(top) - 1, min(8, max(len(raters), len(members))))
     for cells in (raters, members):
         rows += [cells[i:i + columns] for i in range(0, len(cells), columns)]
-    if len(ensemble) > MAX_MEMBERS:
-        name = f"{name}: the first {MAX_MEMBERS} of {len(ensemble)} members"
+    if len(ensemble) > max_members:
+        name = f"{name}: the first {max_members} of {len(ensemble)} members"
     return _grid(name, rows, side * scale, columns)
+
+
+def stack(pages):
+    """Pictures one below the other."""
+    whole = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
+    y = 0
+    for page in pages:
+        whole.paste(page, (0, y))
+        y += page.height
+    return whole
+
+
+def png(picture):
+    """A picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _grid(title, rows, cell, columns):

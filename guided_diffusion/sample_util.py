@@ -121,12 +121,6 @@ def _grey(values):
     return Image.fromarray(np.round(np.clip(values, 0, 1) * 255.0).astype(np.uint8))
 
 
-def _png(picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def case_files(case_name, num_ensemble):
     """Names of all files of a case; the last one is written last."""
     return [*(f"{case_name}_output{i}.png" for i in range(num_ensemble)),
@@ -154,7 +148,7 @@ def write_case(folder, case, samples, median_blur=0, fingerprint=""):
                 montage.case_montage(case.name, case.image, case.masks, masks)]
     *names, ensemble = case_files(case.name, len(masks))
     for name, picture in zip(names, pictures):
-        checkpoint.write_bytes(checkpoint.join(folder, name), _png(picture))
+        checkpoint.write_bytes(checkpoint.join(folder, name), montage.png(picture))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, samples=samples.astype(np.float32), fingerprint=np.array(fingerprint))
     checkpoint.write_bytes(checkpoint.join(folder, ensemble), buffer.getvalue())

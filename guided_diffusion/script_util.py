@@ -96,16 +96,32 @@ FLAGS = [
     Flag("ddim_eta", float, 0.0, "noise of DDIM: 0 deterministic, 1 as much as ancestral steps", "sampling", least=0),
     Flag("median_blur", int, 0, "smooth each mask with a median filter of this odd side (0: do not)",
          "sampling", least=0),
+    Flag("evaluate", bool, False, "score the masks against the raters' and write the scores rather than the masks",
+         "sampling"),
 
-    Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of another size than image_size",
-         "files and processes"),
-    Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
-         " $OPENAI_LOGDIR, else ./results)", "files and processes"),
+    Flag("data_dir", str, "./data/testing", "folder with one folder a case: image_<n>.jpg, label0_.jpg, ...",
+         "evaluation"),
+    Flag("samples_dir", str, "./results", "folder with the masks to score, of this model or any other", "evaluation"),
+    Flag("pattern", str, "{case}_output{i}.png", "where in samples_dir the masks of a case are: {case} is the name of"
+         " its folder, {i} counts its masks, as in {case}/mask_{i}.png", "evaluation"),
+    Flag("num_samples", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
+         "evaluation"),
+    Flag("skip_missing", bool, False, "score the cases that have masks only, rather than refuse", "evaluation"),
+    Flag("patient_pattern", str, r"\D*\d+", "regular expression for the patient in the name of a case; intervals"
+         " resample patients. By default all up to the end of the first number", "evaluation"),
+    Flag("output_dir", str, "", "folder for scores.csv, .json, .png, best.png and worst.png (default: samples_dir)",
+         "evaluation"),
+
+    Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of another size than image_size, or than"
+         " the masks to score", "files and processes"),
     Flag("seed", int, 0, "seed of everything random", "files and processes", least=0),
-    Flag("visdom_port", int, 8097, "port of the Visdom server to draw on (0: none)", "files and processes", least=0),
     Flag("ngpu", int, 0, "start so many processes on this machine, one a GPU (0: as the launcher did)",
          "files and processes", least=0),
     Flag("local_rank", int, None, "set by old launchers", "files and processes"),
+
+    Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
+         " $OPENAI_LOGDIR, else ./results)", "results"),
+    Flag("visdom_port", int, 8097, "port of the Visdom server to draw on (0: none)", "results", least=0),
 ]
 
 # These change how the network is run or trained, not what it is; they may differ from the stored ones.

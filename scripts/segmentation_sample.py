@@ -4,6 +4,8 @@
 
 The flags of the model are read from flags.json beside the checkpoint. Started on several GPUs, each takes its share
 of the cases. Cases that are already complete from the same model, flags and seed are skipped.
+
+With --evaluate True nothing but scores is written: those of segmentation_evaluate.py, without masks on disk.
 """
 
 import os
@@ -17,12 +19,15 @@ from tqdm.auto import tqdm
 from guided_diffusion import checkpoint, dist_util, logger, sample_util
 from guided_diffusion.cli import parse_flags, results_folder, run_script
 from guided_diffusion.datasets import SegmentationCases
+from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
 from guided_diffusion.monitor import Monitor
-from guided_diffusion.script_util import apply_stored_flags, autocast_dtype, create_model_and_diffusion, pick
+from guided_diffusion.script_util import (
+    apply_stored_flags, autocast_dtype, create_model_and_diffusion, defaults, pick,
+)
 
 
 def main():
-    args, given = parse_flags(("sampling",), __doc__)
+    args, given = parse_flags("sampling", __doc__)
     dist_util.setup_dist(args.ngpu, args.local_rank)
     rank, world_size = dist_util.rank(), dist_util.world_size()
 
@@ -34,8 +39,10 @@ def main():
         dtype = autocast_dtype(args)
         model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
         checkpoint.load_model(model, model_path)
-        cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit, need_labels=False,
-                                  limit=args.num_samples, progress=rank == 0)
+        cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
+                                  need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0)
+        sizes = sub_ensemble_sizes(defaults("evaluation")["num_samples"], args.num_ensemble, required=False)
+        evaluation = Evaluation(sizes, args.seed, device=dist_util.dev()) if args.evaluate else None
         checkpoint.make_folder(folder)
 
     settings = {**pick(args, "model", "diffusion"), "model": checkpoint.digest(model_path), "seed": args.seed,
@@ -45,7 +52,7 @@ def main():
     for i in range(rank, len(cases), world_size):
         case = cases[i]
         fingerprints[i] = sample_util.fingerprint(case, **settings)
-        if sample_util.is_complete(folder, case.name, args.num_ensemble, fingerprints[i]):
+        if not evaluation and sample_util.is_complete(folder, case.name, args.num_ensemble, fingerprints[i]):
             del fingerprints[i]
     todo = sum(dist_util.all_gather_objects(len(fingerprints)))
 
@@ -67,7 +74,10 @@ def main():
               disable=None if rank == 0 else True) as bar:
         ensembles = sampler.ensembles((cases[i] for i in fingerprints), args.num_ensemble, bar.update)
         for i, (case, samples) in zip(fingerprints, ensembles):
-            sample_util.write_case(folder, case, samples, args.median_blur, fingerprints[i])
+            if evaluation:
+                evaluation.add(*case, sample_util.to_masks(samples, args.median_blur))
+            else:
+                sample_util.write_case(folder, case, samples, args.median_blur, fingerprints[i])
             monitor.pictures("scan", torch.from_numpy(case.image[None, :1]), case.name)
             monitor.pictures("ensemble", torch.from_numpy(samples[:8, None]), case.name)
     monitor.close()
@@ -75,7 +85,11 @@ def main():
 
     seconds, masks = time.perf_counter() - start, todo * args.num_ensemble
     logger.log(f"{todo} cases, {masks} masks" + (f", {seconds / masks:.3g} seconds per mask" if masks else "")
-               + f"; look at {checkpoint.join(folder, '*_montage.png')}")
+               + ("" if evaluation else f"; look at {checkpoint.join(folder, '*_montage.png')}"))
+    if evaluation:
+        evaluation.gather()
+        if rank == 0:
+            logger.log(report(evaluation.write(folder), folder))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from guided_diffusion.train_util import CIMD, TrainLoop
 
 
 def main():
-    args, given = parse_flags(("training", "encoders"), __doc__)
+    args, given = parse_flags("training", __doc__)
     dist_util.setup_dist(args.ngpu, args.local_rank)
 
     with dist_util.all_ranks_or_none():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion import datasets
+from guided_diffusion import datasets, errors
 from guided_diffusion.datasets import SegmentationCases, ShuffledCases
 from guided_diffusion.errors import InputError
 
@@ -362,7 +362,7 @@ def test_every_problem_is_reported_at_once_file_by_file(make_cases, tmp_path, gr
 
 
 def test_a_flood_of_problems_is_cut_and_counted(make_cases, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "MAX_PROBLEMS_SHOWN", 3)
+    monkeypatch.setattr(errors, "MAX_PROBLEMS_SHOWN", 3)
     make_cases(tmp_path, 8, raters=0)
     first, *lines = problems_of(tmp_path, SIZE).split("\n")
     assert first.startswith("8 problems") and len(lines) == 4 and lines[-1].strip() == "... and 5 more"

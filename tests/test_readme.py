@@ -9,9 +9,10 @@ import pytest
 from guided_diffusion.cli import parse_flags
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-JOBS = {"train": ("training", "encoders"), "sample": ("sampling",)}
+JOBS = {"train": "training", "sample": "sampling", "evaluate": "evaluation"}
 VARIABLES = dict(re.findall(r'^([A-Z]+_FLAGS)="(.*)"$', README, re.MULTILINE))
-COMMAND = re.compile(r"^(?:python|torchrun|mpiexec) .*?scripts/segmentation_(train|sample)\.py (.*?)(?:#.*)?$", re.M)
+COMMAND = re.compile(
+    r"^(?:python|torchrun|mpiexec) .*?scripts/segmentation_(train|sample|evaluate)\.py (.*?)(?:#.*)?$", re.M)
 COMMANDS = COMMAND.findall(README)
 
 

@@ -1,0 +1,300 @@
+"""Scoring ensembles against raters over a whole set of cases: intervals, tables, files."""
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import re
+import string
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from . import checkpoint, datasets, dist_util, metrics, montage
+from .errors import InputError, raise_problems
+from .script_util import parse_numbers
+
+MODEL, RATERS, BACKGROUND = "model", "resampled raters", "all background"
+SHOWN = 4  # cases in best.png and in worst.png
+JPEG_RINGING = 32  # grey levels of 255 by which a mask saved as JPEG may be off
+
+
+class _Row(NamedTuple):
+    """One scored case."""
+
+    case: str
+    raters: int
+    members: int
+    scores: dict  # (predictor, "all" or size of sub-ensembles) -> [S], in the order of metrics.SCORES
+    calibration: np.ndarray  # [3, bins]
+
+
+class Evaluation:
+    """Scores case after case, beside two predictors that need no model: raters drawn with replacement from those of the
+    case (how well a finite set of raters can be met at all) and a single empty mask.
+
+    :param sizes: also score ensembles of so many members: those of a case in their order, cut into groups of that
+        size, the scores averaged over the groups and a remainder left out.
+    :param seed: of the resampled raters, which follow from (seed, case name) alone.
+    :param patient_pattern: see metrics.patient_of.
+    :param device: where to count.
+    :raises InputError: if scipy or matplotlib are missing.
+    """
+
+    def __init__(self, sizes=(), seed=0, patient_pattern=r"\D*\d+", device="cpu"):
+        missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise InputError(f"scoring needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        try:
+            re.compile(patient_pattern)
+        except re.error as error:
+            raise InputError(f"--patient_pattern {patient_pattern}: is no regular expression ({error})") from None
+        self.sizes, self.seed, self.patient_pattern, self.device = tuple(sizes), seed, patient_pattern, device
+        self.rows, self.shown = [], []
+
+    def add(self, name, image, raters, predictions):
+        """Score one case: image [C, H, W] in [0, 1], raters [m, H, W] and predictions [n, H, W] bool arrays."""
+        n, m = len(predictions), len(raters)
+        draws = np.random.default_rng([self.seed, *name.encode()]).integers(m, size=n)
+        p, y = (torch.from_numpy(np.ascontiguousarray(masks)).to(self.device) for masks in (predictions, raters))
+        table = {}
+        for predictor, masks in ((MODEL, p), (RATERS, y[torch.from_numpy(draws).to(y.device)])):
+            table[predictor, "all"] = _as_row(metrics.scores(masks, y))
+            for size in self.sizes:
+                if size <= n:
+                    groups = masks[:n // size * size].unflatten(0, (-1, size))  # [groups, size, H, W]
+                    table[predictor, str(size)] = _as_row(metrics.scores(groups, y)).mean(0)
+        table[BACKGROUND, "all"] = _as_row(metrics.scores(torch.zeros_like(y[:1]), y))
+        calibration = metrics.Agreement(p, y).calibration().cpu().numpy()
+        self.rows.append(_Row(name, m, n, table, calibration))
+        self.shown = _extremes([*self.shown, (table[MODEL, "all"][0], name, image, raters, predictions)])
+
+    def gather(self):
+        """Bring together what all ranks scored, on every rank, in the order of names."""
+        self.rows = sorted(sum(dist_util.all_gather_objects(self.rows), []), key=lambda row: row.case)
+        self.shown = _extremes(sum(dist_util.all_gather_objects(self.shown), []))
+
+    def patients(self):
+        return [metrics.patient_of(row.case, self.patient_pattern) for row in self.rows]
+
+    def summary(self):
+        """All of it as JSON takes it: {"all": {"GED": {"mean", "low", "high"}, ...}, "4": ..., "references": ...}.
+
+        Sub-ensembles that some case has too few members for are left out. low and high bound the 95 % bootstrap
+        interval over patients, None if there is one patient only.
+        """
+        keys = [key for key in self.rows[0].scores if all(key in row.scores for row in self.rows)]
+        patients = self.patients()
+        values = np.concatenate([[row.scores[key] for row in self.rows] for key in keys], 1)  # [N, keys * S]
+        mean, low, high = (x.reshape(len(keys), -1) for x in metrics.bootstrap_interval(values, patients))
+
+        def table(i):
+            return {name: {"mean": float(mean[i, j]), "low": _number(low[i, j]), "high": _number(high[i, j])}
+                    for j, name in enumerate(metrics.SCORES)}
+
+        summary = {size: table(i) for i, (predictor, size) in enumerate(keys) if predictor == MODEL}
+        summary["references"] = {reference: {size: table(i) for i, (predictor, size) in enumerate(keys)
+                                             if predictor == reference} for reference in (RATERS, BACKGROUND)}
+        calibration = sum(row.calibration for row in self.rows)
+        summary["calibration"] = dict(zip(("pixels", "predicted", "observed"), calibration.tolist()))
+        summary |= {"cases": len(self.rows), "patients": len(set(patients)),
+                    **{kind: [min(counts), max(counts)] for kind, counts in (
+                        ("members", [row.members for row in self.rows]),
+                        ("raters", [row.raters for row in self.rows]))}}
+        return summary
+
+    def write(self, folder):
+        """Write scores.csv, scores.json, scores.png, best.png and worst.png; returns the summary."""
+        from .plots import score_figure  # brings matplotlib along
+
+        summary = self.summary()
+        files = {"scores.csv": self._csv().encode(), "scores.json": (json.dumps(summary, indent=1) + "\n").encode(),
+                 "scores.png": score_figure(self.rows, self.patients(), summary)}
+        for name, cases in (("best.png", self.shown[:SHOWN]), ("worst.png", self.shown[:-SHOWN - 1:-1])):
+            pages = [montage.case_montage(f"{case}, GED {ged:.3f}", image, raters, predictions, max_members=8)
+                     for ged, case, image, raters, predictions in cases]
+            files[name] = montage.png(montage.stack(pages))
+        for name, data in files.items():
+            checkpoint.write_bytes(checkpoint.join(folder, name), data)
+        return summary
+
+    def _csv(self):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        sizes = sorted({size for row in self.rows for _, size in row.scores if size != "all"}, key=int)
+        names = [*metrics.SCORES, *(f"{name}_{size}" for size in sizes for name in metrics.SCORES)]
+        writer.writerow(["case", "patient", "raters", "members", *names])
+        nothing = [""] * len(metrics.SCORES)
+        for row, patient in zip(self.rows, self.patients()):
+            values = [value for size in ("all", *sizes) for value in row.scores.get((MODEL, size), nothing)]
+            writer.writerow([row.case, patient, row.raters, row.members, *values])
+        return text.getvalue()
+
+
+def score_table(summary):
+    """The summary as two tables in Markdown: every score with its interval beside the references', and the means of
+    sub-ensembles."""
+    def cell(value):
+        interval = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
+        return f"{value['mean']:.3f}{interval}"
+
+    references = summary["references"]
+    columns = {"model": summary["all"], **{name: references[name]["all"] for name in references}}
+    rows = [["score", *columns]] + [[name, *(cell(scores[name]) for scores in columns.values())]
+                                    for name in metrics.SCORES]
+    text = _markdown(rows)
+    sizes = [size for size in summary if size.isdigit()]
+    if sizes:
+        names = [name for name in metrics.SCORES if name != "rater_diversity"]
+        rows = [["members", *names]]
+        for size in sizes:
+            rows += [[who, *(f"{scores[name]['mean']:.3f}" for name in names)] for who, scores in (
+                (size, summary[size]), (f"{size} {RATERS}", references[RATERS][size]))]
+        text += "\n\n" + _markdown(rows)
+    return text
+
+
+def report(summary, folder):
+    """What to print at the end: what was scored, the tables, the files."""
+    def span(kind):
+        low, high = summary[kind]
+        return f"{low}" if low == high else f"{low} to {high}"
+
+    return (f"{summary['cases']} cases of {summary['patients']} patients, {span('members')} masks and"
+            f" {span('raters')} raters a case; mean [95 % interval over patients]\n\n{score_table(summary)}\n\n"
+            f"written to {folder}: scores.csv, scores.json, scores.png, best.png, worst.png")
+
+
+def _markdown(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(word.ljust(width) for word, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _as_row(scores):
+    return torch.stack(list(scores.values()), -1).cpu().numpy()
+
+
+def _extremes(cases):
+    """The SHOWN best and the SHOWN worst, best first."""
+    cases = sorted(cases, key=lambda case: case[:2])
+    return cases if len(cases) <= 2 * SHOWN else cases[:SHOWN] + cases[-SHOWN:]
+
+
+def _number(value):
+    return None if np.isnan(value) else float(value)
+
+
+def sub_ensemble_sizes(text, fewest, required=True):
+    """The numbers of --num_samples, of ensembles of `fewest` masks or more; larger ones are refused if they were
+    required, else left out."""
+    sizes = parse_numbers(int, text, "num_samples")
+    if any(size < 1 or (required and size > fewest) for size in sizes):
+        raise InputError(f"--num_samples {text}: sizes of sub-ensembles go from 1 to {fewest}, the fewest masks that a"
+                         f" case has")
+    return [size for size in sizes if size <= fewest]
+
+
+# ---- ensembles on disk ----
+
+class EnsembleFolder:
+    """Masks of many cases in a folder, found by a pattern of their names.
+
+    :param pattern: path below the folder, with {case} and {i} or {i:03d}. The members of a case count up from any
+        number without a gap.
+    """
+
+    def __init__(self, folder, pattern):
+        self.folder, self.pattern = folder, pattern
+        try:
+            fields = Counter(field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None)
+        except ValueError:
+            fields = None
+        if fields != Counter(["case", "i"]) or "{i" not in pattern.rsplit("/", 1)[-1]:
+            raise InputError(f"--pattern {pattern}: must hold {{case}} and, in the file's name, {{i}}, each once, as in"
+                             f" {{case}}_output{{i}}.png or {{case}}/{{i}}.png")
+        if not os.path.isdir(folder):
+            raise InputError(f"--samples_dir {folder}: no such folder on this machine")
+        self._listed = {}
+
+    def find(self, cases, skip_missing=False):
+        """The files of the members of each case, {case name: [paths in order]}.
+
+        :raises InputError: naming every case without members, or with a gap; those without are left out if
+            skip_missing, unless no case has any.
+        """
+        found, problems = {}, []
+        for case in cases:
+            try:
+                members = self._members(case)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            if members:
+                found[case] = members
+            elif not skip_missing:
+                problems.append(f"{case}: no masks to score, such as {self.pattern.format(case=case, i=0)}, in"
+                                f" {self.folder}; sample it, or give --skip_missing True")
+        if not found and not any("none between" in problem for problem in problems):
+            names = sorted(os.listdir(self.folder))
+            holds = f"holds {', '.join(names[:3])}{' ...' if names[3:] else ''}" if names else "is empty"
+            problems = [f"--pattern {self.pattern}: matches no file of any case in {self.folder}, which {holds}"]
+        raise_problems(problems, self.folder)
+        return found
+
+    def _members(self, case):
+        folder, _, name = self.pattern.rpartition("/")
+        folder = Path(self.folder, folder.format(case=case))
+        if folder not in self._listed:
+            self._listed[folder] = os.listdir(folder) if folder.is_dir() else []
+        parts = [re.escape(text) + {"case": re.escape(case), "i": r"(\d+)"}.get(field, "")
+                 for text, field, _, _ in string.Formatter().parse(name)]
+        matches = (re.fullmatch("".join(parts), name) for name in self._listed[folder])
+        members = sorted((int(match[1]), folder / match[0]) for match in matches if match)
+        for (before, _), (after, path) in zip(members, members[1:]):
+            if after != before + 1:
+                raise InputError(f"{case}: has member {before} and {path.name}, but none between; sample it again")
+        return [path for _, path in members]
+
+
+def read_scored_case(files, members, fit):
+    """One case to score: image [C, H, W] float in [0, 1], raters [m, H, W] bool, predictions [n, H, W] bool.
+
+    :param files: of the case, from datasets.find_cases; members: the files of its predictions; fit: what was done
+        to images of another size when they were made, as for datasets.SegmentationCases.
+    :raises InputError: naming the case and file.
+    """
+    name = files.name
+    predictions = [_read_mask(path, name) for path in members]
+    size = predictions[0].shape
+    for path, mask in zip(members, predictions):
+        if mask.shape != size:
+            raise InputError(f"{name}: {path} is {mask.shape[1]} x {mask.shape[0]} pixels, but {members[0].name} is"
+                             f" {size[1]} x {size[0]}")
+    image, raters = datasets.read_case(files)
+    if image.shape[1:] != size:
+        if fit == "error" or size[0] != size[1]:
+            raise InputError(f"{name}: {members[0]} is {size[1]} x {size[0]} pixels, but its raters' masks are"
+                             f" {image.shape[2]} x {image.shape[1]}; give --fit crop or --fit resize if it was sampled"
+                             f" with that")
+        image, raters = datasets.fit_case(image, raters, size[0], fit, files.images[0])
+    return image / np.iinfo(image.dtype).max, raters, np.stack(predictions)
+
+
+def _read_mask(path, case):
+    """[H, W] bool: 0 and one other value, or, in a JPEG, black and white with ringing."""
+    pixels = datasets.decode(path)
+    if pixels.ndim == 3:
+        pixels = pixels.max(axis=2)
+    if pixels.dtype == np.uint8 and path.suffix.lower() != ".png":
+        pixels = np.where(pixels <= JPEG_RINGING, 0, np.where(pixels >= 255 - JPEG_RINGING, 255, pixels))
+    values = np.unique(pixels[pixels > 0])
+    if len(values) > 1:
+        raise InputError(f"{case}: {path} is no binary mask: it holds the values {', '.join(map(str, values[:3]))}"
+                         f"{' ...' if values[3:].any() else ''} besides 0; cut probabilities at one half, and give each"
+                         f" mask one value for foreground")
+    return pixels > 0

@@ -1,0 +1,83 @@
+"""Score ensembles of masks against the masks of several raters.
+
+    python scripts/segmentation_evaluate.py --data_dir ./data/testing --samples_dir ./results
+
+Scores what segmentation_sample.py wrote, or any other model's masks: --pattern says how their files are called. Prints
+a table and writes, into --output_dir:
+
+    scores.csv   a row a case, a column a score
+    scores.json  means over cases, with 95 % bootstrap intervals over patients
+    scores.png   how the scores are distributed, whether the probabilities are right, GED against number of masks
+    best.png     the cases with the lowest GED; worst.png: those with the highest
+
+Two predictors that need no model stand beside it: raters drawn with replacement from those of the case (about the best
+that can be measured with so few raters) and the empty mask. README.md says what each score means.
+"""
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm.auto import tqdm
+
+from guided_diffusion import checkpoint, dist_util
+from guided_diffusion.cli import parse_flags, run_script
+from guided_diffusion.datasets import find_cases
+from guided_diffusion.errors import InputError, raise_problems
+from guided_diffusion.evaluation import EnsembleFolder, Evaluation, read_scored_case, report, sub_ensemble_sizes
+
+
+def main():
+    args, given = parse_flags("evaluation", __doc__)
+    dist_util.setup_dist(args.ngpu, args.local_rank)
+    rank, world_size = dist_util.rank(), dist_util.world_size()
+    folder = args.output_dir or args.samples_dir
+
+    with dist_util.all_ranks_or_none():
+        cases = find_cases(args.data_dir)
+        members = EnsembleFolder(args.samples_dir, args.pattern).find([case.name for case in cases], args.skip_missing)
+        fewest = min(map(len, members.values()))
+        sizes = sub_ensemble_sizes(args.num_samples, fewest, required="num_samples" in given)
+        evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev())
+        checkpoint.make_folder(folder, "--output_dir")
+
+    cases = [case for case in cases if case.name in members]
+    problems = []
+
+    def read(case):
+        try:
+            return case.name, read_scored_case(case, members[case.name], args.fit)
+        except InputError as error:
+            return case.name, str(error)
+
+    mine = cases[rank::world_size]
+    with tqdm(total=len(mine), desc="scoring", unit=" cases", disable=None if rank == 0 else True) as bar:
+        for name, what in read_ahead(read, mine):
+            if isinstance(what, str):
+                problems.append(what)
+            else:
+                evaluation.add(name, *what)
+            bar.update()
+    with dist_util.all_ranks_or_none():
+        raise_problems(sum(dist_util.all_gather_objects(problems), []), args.samples_dir)
+
+    evaluation.gather()
+    if rank == 0:
+        print(report(evaluation.write(folder), folder))
+
+
+def read_ahead(read, items):
+    """read(item) for each item, in order, a few ahead of the one in use, on threads of their own."""
+    workers = min(8, os.cpu_count() or 1)
+    waiting = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+if __name__ == "__main__":
+    run_script(main)
