@@ -1,4 +1,4 @@
-# make demo: train a small model for a few minutes, draw ensembles for data/testing. make test: run the tests.
+# make demo: train a small model for a few minutes, draw and score ensembles for data/testing. make test: run the tests.
 # Both install what they need into .venv first. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -22,7 +22,8 @@ demo: .venv/installed
 	mkdir -p $(DEMO)/training/example && cp -r data/training/. $(DEMO)/training/example
 	$(BIN)/python scripts/segmentation_train.py --data_dir $(DEMO)/training --results_dir $(DEMO) $(DEMO_FLAGS)
 	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path $(DEMO)/emasavedmodel_0.99_001200.pt \
-	  --results_dir $(DEMO) --fit crop --num_ensemble 8 --batch_size 16 --timestep_respacing 10 --use_bf16 $(BF16)
+	  --results_dir $(DEMO) --fit crop --num_ensemble 16 --batch_size 16 --timestep_respacing 10 --use_bf16 $(BF16)
+	$(BIN)/python scripts/segmentation_evaluate.py --data_dir data/testing --samples_dir $(DEMO) --fit crop
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests

@@ -138,15 +138,11 @@ class Evaluation:
 def score_table(summary):
     """The summary as two tables in Markdown: every score with its interval beside the references', and the means of
     sub-ensembles."""
-    def cell(value):
-        interval = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
-        return f"{value['mean']:.3f}{interval}"
-
     references = summary["references"]
     columns = {"model": summary["all"], **{name: references[name]["all"] for name in references}}
     rows = [["score", *columns]] + [[name, *(cell(scores[name]) for scores in columns.values())]
                                     for name in metrics.SCORES]
-    text = _markdown(rows)
+    text = markdown(rows)
     sizes = [size for size in summary if size.isdigit()]
     if sizes:
         names = [name for name in metrics.SCORES if name != "rater_diversity"]
@@ -154,7 +150,7 @@ def score_table(summary):
         for size in sizes:
             rows += [[who, *(f"{scores[name]['mean']:.3f}" for name in names)] for who, scores in (
                 (size, summary[size]), (f"{size} {RATERS}", references[RATERS][size]))]
-        text += "\n\n" + _markdown(rows)
+        text += "\n\n" + markdown(rows)
     return text
 
 
@@ -169,7 +165,14 @@ def report(summary, folder):
             f"written to {folder}: scores.csv, scores.json, scores.png, best.png, worst.png")
 
 
-def _markdown(rows):
+def cell(score):
+    """{"mean", "low", "high"} -> "0.123 [0.100, 0.150]"."""
+    interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
+    return f"{score['mean']:.3f}{interval}"
+
+
+def markdown(rows):
+    """Rows of words, the head first, as a table in Markdown."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(word.ljust(width) for word, width in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

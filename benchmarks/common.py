@@ -1,0 +1,38 @@
+"""What the benchmarks share: running the scripts as a user would, and drawing masks from what they trained."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from guided_diffusion import checkpoint, script_util
+from guided_diffusion.sample_util import EnsembleSampler
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fast_bf16():
+    """Whether this machine computes in bfloat16 faster than in float32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return torch.cuda.is_available() or bool(
+        cpuinfo.exists() and re.search("avx512_bf16|amx_bf16", cpuinfo.read_text()))
+
+
+def run_script(name, *flags):
+    """Run a script of scripts/ in a process of its own; it leaves this one with its exit code if that is not 0."""
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / name), *map(str, flags)])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def load_sampler(model_path, steps, seed=0, batch_size=64, **flags):
+    """An EnsembleSampler of a checkpoint with flags.json beside it, walking `steps` (a --timestep_respacing)."""
+    flags = {**checkpoint.load_flags(checkpoint.folder_of(model_path)), "timestep_respacing": steps, **flags}
+    known = script_util.model_and_diffusion_defaults()
+    model, diffusion = script_util.create_model_and_diffusion(**{k: v for k, v in flags.items() if k in known})
+    checkpoint.load_model(model, model_path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return EnsembleSampler(model.to(device).eval(), diffusion, batch_size=batch_size, seed=seed,
+                           dtype=torch.bfloat16 if fast_bf16() else None)

@@ -1,0 +1,106 @@
+"""Train on one folder of real cases, score on another: one row of a table a preset.
+
+    python benchmarks/lidc.py --train_dir LIDC/train --test_dir LIDC/val --preset cpu-32
+
+The folders are in the layout that segmentation_train.py reads. Everything goes to --results_dir: the checkpoints, the
+log, the scores (scores.csv, scores.json, scores.png, best.png, worst.png) and the row (table.md). Run again, it trains
+no further and scores anew, so other --sampling_steps need no other training.
+"""
+
+import argparse
+import itertools
+import json
+import time
+
+from tqdm.auto import tqdm
+
+from common import fast_bf16, load_sampler, run_script
+from guided_diffusion import checkpoint
+from guided_diffusion.cli import run_script as run_main
+from guided_diffusion.datasets import SegmentationCases
+from guided_diffusion.evaluation import BACKGROUND, RATERS, Evaluation, cell, markdown
+from guided_diffusion.sample_util import to_masks
+from presets import PRESETS
+
+SCORES = ("GED", "HM_IoU", "D_max", "S_c", "D_a", "CI", "soft_Dice", "ECE")
+
+
+def main():
+    args = parse_args()
+    train(args)
+    evaluation, cost = sample(args)
+    summary = evaluation.write(args.results_dir)
+    head = ["", *(f"{name}_{args.num_ensemble}" if name in ("GED", "HM_IoU") else name for name in SCORES), *cost]
+    nothing = {name: "" for name in cost}
+    rows = [head]
+    for who, scores, costs in ((f"{args.preset}, {args.sampling_steps} steps", summary["all"], cost),
+                               (RATERS, summary["references"][RATERS]["all"], nothing),
+                               (BACKGROUND, summary["references"][BACKGROUND]["all"], nothing)):
+        rows.append([who, *(cell(scores[name]) for name in SCORES), *costs.values()])
+    text = (f"{summary['cases']} cases of {summary['patients']} patients, {args.num_ensemble} masks a case; mean"
+            f" [95 % interval over patients]\n\n{markdown(rows)}\n")
+    checkpoint.write_bytes(checkpoint.join(args.results_dir, "table.md"), text.encode())
+    print(text)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_dir", required=True, help="cases to train on")
+    parser.add_argument("--test_dir", required=True, help="cases to score on, of other patients")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu-32",
+                        help="recipe of benchmarks/presets.py (default %(default)s)")
+    parser.add_argument("--train_flags", default="", help="flags of segmentation_train.py that overrule the preset's")
+    parser.add_argument("--num_cases", type=int, default=300,
+                        help="cases to score, spread evenly over the sorted names (0: all; default %(default)s)")
+    parser.add_argument("--num_ensemble", type=int, default=16, help="masks a case (default %(default)s)")
+    parser.add_argument("--sampling_steps", default="10", help="network evaluations a mask, as for"
+                        " --timestep_respacing (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="masks drawn at once (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of training and sampling (default %(default)s)")
+    parser.add_argument("--results_dir", help="default: results/<preset>")
+    args = parser.parse_args()
+    args.results_dir = args.results_dir or f"results/{args.preset}"
+    args.flags = {"--data_dir": args.train_dir, "--results_dir": args.results_dir, "--seed": args.seed}
+    words = (PRESETS[args.preset].format(bf16=fast_bf16()) + " " + args.train_flags).split()
+    args.flags.update(zip(words[::2], words[1::2]))
+    return args
+
+
+def train(args):
+    run_script("segmentation_train.py", *itertools.chain(*args.flags.items()))
+
+
+def sample(args):
+    """Returns the Evaluation and what it cost, a dict of words."""
+    step = checkpoint.steps_in(args.results_dir)[-1]
+    rate = args.flags["--ema_rate"].split(",")[0]
+    sampler = load_sampler(checkpoint.join(args.results_dir, checkpoint.ema_name(rate, step)), args.sampling_steps,
+                           args.seed, args.batch_size)
+    flags = json.loads(checkpoint.read_bytes(checkpoint.join(args.results_dir, checkpoint.FLAGS_FILE)))
+    cases = SegmentationCases(args.test_dir, flags["image_size"], flags["image_channels"],
+                              args.flags.get("--fit", "error"), progress=True)
+    count = min(args.num_cases or len(cases), len(cases))
+    chosen = [cases[i * len(cases) // count] for i in range(count)]
+    evaluation = Evaluation(device=sampler.device)
+    seconds, calls = 0.0, sampler.diffusion.num_timesteps
+    with tqdm(total=count, desc="sampling", unit=" cases") as bar:
+        start = time.perf_counter()
+        for case, samples in sampler.ensembles(chosen, args.num_ensemble):
+            seconds += time.perf_counter() - start
+            evaluation.add(*case, to_masks(samples))
+            bar.update()
+            start = time.perf_counter()
+    return evaluation, {
+        "network evaluations a mask": str(calls), "seconds a mask": f"{seconds / count / args.num_ensemble:.3g}",
+        "training images seen": str(images_seen(args.results_dir, step))}
+
+
+def images_seen(folder, step):
+    """From the log of the training run."""
+    with open(checkpoint.join(folder, "progress.json"), encoding="utf-8") as log:
+        entries = [json.loads(line) for line in log]
+    return next(int(entry["samples"]) for entry in reversed(entries) if entry["step"] <= step)
+
+
+if __name__ == "__main__":
+    run_main(main)

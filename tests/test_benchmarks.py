@@ -1,0 +1,77 @@
+"""The benchmarks run as documented, at a small scale."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from guided_diffusion import metrics, phantoms
+
+
+@pytest.fixture
+def benchmark(environment, tmp_path):
+    def call(script, *flags):
+        done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *map(str, flags)], cwd=tmp_path, text=True,
+                              env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+def test_phantom_benchmark_reports_every_row_and_is_deterministic(benchmark, tmp_path):
+    tables = []
+    for name in ("a", "b"):
+        out = benchmark("phantom.py", "--num_train", 3, "--num_cases", 2, "--num_ensemble", 2, "--max_steps", 2,
+                        "--points", 2, "--sampling_steps", "2,1", "--results_dir", name)
+        tables.append((tmp_path / name / "table.md").read_text())
+        assert tables[-1] in out
+        assert (tmp_path / name / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert tables[0] == tables[1]
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert [(row["training_steps"], row["sampling_steps"]) for row in results.values()] == [
+        (1, 2), (2, 2), (2, 1), (None, None), (None, None), (None, None)]
+    for row in results.values():
+        assert row["excess_GED"]["low"] <= row["excess_GED"]["mean"] <= row["excess_GED"]["high"]
+
+
+def test_truth_scores_tell_the_oracle_from_samplers_that_are_wrong_on_purpose():
+    rows = {"oracle": [], "most likely": [], "mean": []}
+    for i in range(40):
+        phantom = phantoms.make_phantom(77, i, 64)
+        truth = phantom.outlines, phantom.probabilities
+        for name, masks in (("oracle", phantom.draw(16, [5, i])), ("most likely", phantom.outlines[:1].repeat(16, 0)),
+                            ("mean", (phantom.mean > 0.5)[None].repeat(16, 0))):
+            scores = metrics.truth_scores(masks, *truth)
+            rows[name].append([scores["excess_GED"], scores["total_variation"]])
+    (_, oracle_low, oracle_high), *wrong = (metrics.bootstrap_interval(np.array(row)) for row in rows.values())
+    assert oracle_low[0] <= 0 <= oracle_high[0]
+    for _, low, _ in wrong:
+        assert low[0] > oracle_high[0] and low[1] > oracle_high[1]
+
+
+def test_benchmark_on_real_cases_trains_samples_and_writes_a_row(benchmark, tmp_path):
+    phantoms.write_cases(tmp_path / "train", 3, 1, 64)
+    phantoms.write_cases(tmp_path / "test", 5, 2, 64)
+    flags = ["--train_dir", "train", "--test_dir", "test", "--preset", "cpu-32", "--results_dir", "r", "--num_cases", 3,
+             "--num_ensemble", 2, "--sampling_steps", 1, "--train_flags",
+             "--max_steps 2 --num_filters 8 --visdom_port 0"]
+    out = benchmark("lidc.py", *flags)
+    table = (tmp_path / "r" / "table.md").read_text()
+    assert table in out
+    head, _, row, raters, background = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+    assert [word.strip() for word in head[2:4]] == ["GED_2", "HM_IoU_2"]
+    assert row[1].strip() == "cpu-32, 1 steps" and row[-2].strip() == "16" and row[-4].strip() == "1"
+    scored = [line.split(",")[0] for line in (tmp_path / "r" / "scores.csv").read_text().splitlines()[1:]]
+    assert scored == ["phantom-000000", "phantom-000001", "phantom-000003"]  # spread over the names
+    benchmark("lidc.py", *flags)  # trains no further, and scores the same
+    again = (tmp_path / "r" / "table.md").read_text().splitlines()[4].split("|")
+    assert again[:10] == row[:10] and again[-2:] == row[-2:]
+
+
+def test_timing_of_scores_agrees_with_the_double_loop(benchmark):
+    assert "ratio" in benchmark("scores.py", "--cases", 3, "--loop_cases", 3, "--predictions", 7, "--raters", 3,
+                                "--size", 24)
