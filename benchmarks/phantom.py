@@ -71,7 +71,7 @@ def parse_args():
     parser.add_argument("--num_ensemble", type=int, default=16, help="masks a case (default %(default)s)")
     parser.add_argument("--max_steps", type=int, default=8000, help="training steps (default %(default)s)")
     parser.add_argument("--points", type=int, default=4, help="points of the training to score (default %(default)s)")
-    parser.add_argument("--sampling_steps", default="10,1,2,5,25", help="numbers of network evaluations a mask; the"
+    parser.add_argument("--sampling_steps", default="10,2,5,25", help="numbers of network evaluations a mask; the"
                         " first is used for all points of the training, the others for its end (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of phantoms, training and sampling (default %(default)s)")
     parser.add_argument("--results_dir", default="results/phantom", help="default %(default)s")

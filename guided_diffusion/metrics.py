@@ -38,7 +38,8 @@ class Agreement:
         self.pixels = masks.shape[-1]
         # sums of up to 2**24 ones are exact in float32, in TF32 as well
         ones = masks.to(torch.float32 if self.pixels <= 1 << 24 else torch.float64)
-        self.intersection = (ones @ ones.mT).double()  # [..., n + m, n + m]
+        with torch.autocast(ones.device.type, enabled=False):
+            self.intersection = (ones @ ones.mT).double()  # [..., n + m, n + m]
         self.area = self.intersection.diagonal(dim1=-2, dim2=-1)
         self.votes_p = masks[..., :self.n, :].sum(-2)  # [..., pixels], how many mark each pixel
         self.votes_y = masks[..., self.n:, :].sum(-2)
@@ -63,8 +64,8 @@ class Agreement:
         Kohl et al. 2018 (arXiv 1806.05034), eq. 6 and appendix B. Each mean is over all ordered pairs, a mask with
         itself included, as published results are: in [0, 2], 0 for equal sets, but it shrinks as n grows even when
         the distribution stays the same. `unbiased` leaves a mask with itself out: in [-2, 2], 0 in expectation for
-        draws of the raters' distribution at any n and m, below 0 by chance. A set of one mask then counts as without
-        spread.
+        draws of the raters' distribution at any n and m from 2 up, below 0 by chance. A set of one mask, whose spread
+        is unknown, counts as without any, so its score is too high.
         """
         within_p, across, within_y = self.distances(kind)
         return 2 * across.mean((-2, -1)) - _pair_mean(within_p, not unbiased) - _pair_mean(within_y, not unbiased)
@@ -147,7 +148,9 @@ class Agreement:
         Ji et al. 2021 (MRNet, CVPR), with their thresholds; QUBIQ takes 0.1, 0.2 .. 0.9.
         """
         cuts = self.votes_p.new_tensor(thresholds, dtype=torch.float64)[:, None]  # [thresholds, 1]
-        p, y = self.votes_p.double() / self.n, self.votes_y.double() / self.m
+        # divided by tensors: CUDA multiplies by the reciprocal of a number, and 3 of 10 would come out above 0.3
+        p, y = (votes.double() / torch.full_like(cuts[0], size)
+                for votes, size in ((self.votes_p, self.n), (self.votes_y, self.m)))
         p, y = p[..., None, :] > cuts, y[..., None, :] > cuts  # [..., thresholds, pixels]
         hit, areas = (p & y).sum(-1).double(), (p.sum(-1) + y.sum(-1)).double()
         return torch.where(areas > 0, 2 * hit / areas.clamp(min=1), 1.0).mean(-1)
@@ -190,7 +193,7 @@ def scores(predictions, raters):
 
 
 def _masks(masks, what):
-    masks = torch.as_tensor(masks)
+    masks = masks if isinstance(masks, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(masks))
     if masks.dtype != torch.bool:
         raise ValueError(f"{what} are {masks.dtype}; masks are bool: cut probabilities at 0.5, say")
     if masks.ndim < 3 or 0 in masks.shape[-3:]:
@@ -239,9 +242,10 @@ def truth_scores(predictions, outlines, probabilities):
     :param predictions: bool [n, H, W]; outlines: bool [K, H, W], all different; probabilities: [K], sum 1.
     :returns: a dict of floats.
         excess_GED: GED between P and the truth less that of an oracle that draws from the truth, both without bias
-            (no mask is compared with itself), so 0 in expectation if and only if P comes from the truth. The oracle's
-            is 0 in expectation; see Agreement.ged.
-        total_variation: between the share of members nearest (by IoU) to each outline and the probabilities, in [0, 1].
+            (no mask is compared with itself), so for n from 2 up 0 in expectation if and only if P comes from the
+            truth; see Agreement.ged. That of the oracle is 0 in expectation, so nothing is left to subtract.
+        total_variation: between the share of members nearest (by IoU; the first of several) to each outline and the
+            probabilities, in [0, 1].
             Members with IoU below 0.5 with every outline are draws of something else. With few members it is above 0
             by chance: compare it with that of as many draws from the truth.
         ECE: expected calibration error of the mean of P against the true probability of each pixel.
@@ -253,7 +257,7 @@ def truth_scores(predictions, outlines, probabilities):
         - probabilities @ within_y @ probabilities
 
     distance, nearest = across.min(-1)
-    drawn = torch.bincount(nearest[distance <= 0.5], minlength=agreement.m) / agreement.n
+    drawn = torch.bincount(nearest[distance <= 0.5], minlength=agreement.m).double() / agreement.n
     other = 1 - drawn.sum()
     return {"excess_GED": excess.item(),
             "total_variation": (((drawn - probabilities).abs().sum() + other) / 2).item(),
@@ -263,8 +267,8 @@ def truth_scores(predictions, outlines, probabilities):
 def truth_calibration(predictions, outlines, probabilities, bins=ECE_BINS):
     """The table [3, bins] of Agreement.calibration with the true probability of each pixel in the place of mean Y."""
     predictions, outlines = _masks(predictions, "predictions"), _masks(outlines, "outlines")
-    probabilities = torch.as_tensor(probabilities, dtype=torch.float64)
-    truth = probabilities @ outlines.flatten(1).double()
+    probabilities = torch.as_tensor(probabilities, dtype=torch.float64, device=predictions.device)
+    truth = probabilities @ outlines.to(predictions.device).flatten(1).double()
     return _calibration(predictions.flatten(1).sum(0), len(predictions), truth, bins)
 
 
@@ -280,6 +284,8 @@ def bootstrap_interval(values, clusters=None, level=0.95, resamples=1000, seed=0
     """
     values = np.asarray(values, dtype=np.float64)
     labels = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    if values.ndim != 2 or len(labels) != len(values) or not len(values):
+        raise ValueError(f"values {list(values.shape)} with {len(labels)} clusters; needs [N, S] and N, not 0")
     count = labels.max() + 1
     sizes = np.bincount(labels, minlength=count)  # [G]
     sums = np.zeros((count, values.shape[1]))
@@ -299,4 +305,4 @@ def patient_of(case_name, pattern=r"\D*\d+"):
     By default all up to the end of the first number: LIDC-IDRI-0314-2-57 -> LIDC-IDRI-0314, 0003-0-12 -> 0003.
     """
     found = re.match(pattern, case_name)
-    return found[0] if found else case_name
+    return found[0] if found and found[0] else case_name
