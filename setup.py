@@ -11,7 +11,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["guided_diffusion"]),
     python_requires=">=3.11",
-    install_requires=["torch>=2.6", "numpy", "scipy", "pillow>=10.1", "matplotlib>=3.9", "tqdm", "blobfile", "visdom"],
+    install_requires=["torch>=2.6", "numpy", "scipy", "pillow>=10.1", "matplotlib>=3.10", "tqdm", "blobfile", "visdom"],
     extras_require={
         "mpi": ["mpi4py", "mpich"],  # mpich brings libmpi and mpiexec; leave it away where MPI is installed
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"],

@@ -81,11 +81,7 @@ class SegmentationCases(torch.utils.data.Dataset):
 
     def _check(self, data_dir, progress):
         """Decode every file once, in parallel; keep what was decoded if all of it fits into CACHE_BYTES."""
-        problems, seen, kept = [], {}, 0
-        for files in self.cases:
-            if files.name in seen:
-                problems.append(f"{files.folder}: names the same case as {seen[files.name]}; rename one")
-            seen[files.name] = files.folder
+        problems, kept = [], 0
 
         def attempt(files):
             try:
@@ -183,7 +179,10 @@ def find_cases(data_dir):
     if not cases:
         raise InputError(f"--data_dir {data_dir}: holds no case; each case is a folder with an image_<n>.jpg and"
                          f" label0_.jpg, label1_.jpg, ...")
-    return sorted(cases, key=lambda files: files.name)
+    cases.sort(key=lambda files: files.name)
+    raise_problems([f"{second.folder}: names the same case as {first.folder}; rename one"
+                    for first, second in zip(cases, cases[1:]) if first.name == second.name], data_dir)
+    return cases
 
 
 def read_case(files, need_labels=True):
@@ -232,6 +231,8 @@ def decode(path):
     try:
         with Image.open(path) as picture:
             picture.load()
+            if picture.mode == "F":
+                raise InputError(f"{path}: holds floating-point numbers; write it with 8 or 16 bits")
             if picture.mode.startswith("I"):  # 16-bit grey; Pillow holds some of it in 32 bits
                 return np.asarray(picture).clip(0, 65535).astype(np.uint16)
             if picture.mode in ("1", "L", "LA"):

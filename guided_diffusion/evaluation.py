@@ -7,7 +7,6 @@ import json
 import os
 import re
 import string
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from .script_util import parse_numbers
 
 MODEL, RATERS, BACKGROUND = "model", "resampled raters", "all background"
 SHOWN = 4  # cases in best.png and in worst.png
-JPEG_RINGING = 32  # grey levels of 255 by which a mask saved as JPEG may be off
+JPEG_RINGING = 64  # grey levels of 255 by which a mask saved as JPEG may be off
 
 
 class _Row(NamedTuple):
@@ -59,7 +58,7 @@ class Evaluation:
     def add(self, name, image, raters, predictions):
         """Score one case: image [C, H, W] in [0, 1], raters [m, H, W] and predictions [n, H, W] bool arrays."""
         n, m = len(predictions), len(raters)
-        draws = np.random.default_rng([self.seed, *name.encode()]).integers(m, size=n)
+        draws = np.random.default_rng([self.seed, *os.fsencode(name)]).integers(m, size=n)
         p, y = (torch.from_numpy(np.ascontiguousarray(masks)).to(self.device) for masks in (predictions, raters))
         table = {}
         for predictor, masks in ((MODEL, p), (RATERS, y[torch.from_numpy(draws).to(y.device)])):
@@ -214,10 +213,11 @@ class EnsembleFolder:
     def __init__(self, folder, pattern):
         self.folder, self.pattern = folder, pattern
         try:
-            fields = Counter(field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None)
-        except ValueError:
-            fields = None
-        if fields != Counter(["case", "i"]) or "{i" not in pattern.rsplit("/", 1)[-1]:
+            fields = [_fields(part) for part in pattern.rpartition("/")[::2]]
+            pattern.format(case="", i=0)
+        except (ValueError, TypeError, LookupError, AttributeError):  # unbalanced braces, formats that do not fit
+            fields = [[], []]
+        if sorted(sum(fields, [])) != ["case", "i"] or "i" not in fields[1]:
             raise InputError(f"--pattern {pattern}: must hold {{case}} and, in the file's name, {{i}}, each once, as in"
                              f" {{case}}_output{{i}}.png or {{case}}/{{i}}.png")
         if not os.path.isdir(folder):
@@ -242,7 +242,7 @@ class EnsembleFolder:
             elif not skip_missing:
                 problems.append(f"{case}: no masks to score, such as {self.pattern.format(case=case, i=0)}, in"
                                 f" {self.folder}; sample it, or give --skip_missing True")
-        if not found and not any("none between" in problem for problem in problems):
+        if not found and all("no masks to score" in problem for problem in problems):
             names = sorted(os.listdir(self.folder))
             holds = f"holds {', '.join(names[:3])}{' ...' if names[3:] else ''}" if names else "is empty"
             problems = [f"--pattern {self.pattern}: matches no file of any case in {self.folder}, which {holds}"]
@@ -258,10 +258,17 @@ class EnsembleFolder:
                  for text, field, _, _ in string.Formatter().parse(name)]
         matches = (re.fullmatch("".join(parts), name) for name in self._listed[folder])
         members = sorted((int(match[1]), folder / match[0]) for match in matches if match)
-        for (before, _), (after, path) in zip(members, members[1:]):
+        for (before, first), (after, second) in zip(members, members[1:]):
+            if after == before:
+                raise InputError(f"{case}: {first.name} and {second.name} are both its member {after}; remove one, or"
+                                 f" give another --pattern")
             if after != before + 1:
-                raise InputError(f"{case}: has member {before} and {path.name}, but none between; sample it again")
+                raise InputError(f"{case}: has member {before} and {second.name}, but none between; sample it again")
         return [path for _, path in members]
+
+
+def _fields(pattern):
+    return [field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None]
 
 
 def read_scored_case(files, members, fit):
@@ -280,10 +287,11 @@ def read_scored_case(files, members, fit):
                              f" {size[1]} x {size[0]}")
     image, raters = datasets.read_case(files)
     if image.shape[1:] != size:
-        if fit == "error" or size[0] != size[1]:
+        if fit == "error" or size[0] != size[1] or (fit == "crop" and size[0] > min(image.shape[1:])):
+            remedy = "give --fit crop or --fit resize if it was sampled with that" if fit == "error" else \
+                f"--fit {fit} does not lead from one to the other"
             raise InputError(f"{name}: {members[0]} is {size[1]} x {size[0]} pixels, but its raters' masks are"
-                             f" {image.shape[2]} x {image.shape[1]}; give --fit crop or --fit resize if it was sampled"
-                             f" with that")
+                             f" {image.shape[2]} x {image.shape[1]}; {remedy}")
         image, raters = datasets.fit_case(image, raters, size[0], fit, files.images[0])
     return image / np.iinfo(image.dtype).max, raters, np.stack(predictions)
 
@@ -293,7 +301,10 @@ def _read_mask(path, case):
     pixels = datasets.decode(path)
     if pixels.ndim == 3:
         pixels = pixels.max(axis=2)
-    if pixels.dtype == np.uint8 and path.suffix.lower() != ".png":
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        if 0 < pixels.max() <= JPEG_RINGING:
+            raise InputError(f"{case}: {path} is black but for values up to {pixels.max()}; write JPEG masks as 0 and"
+                             f" 255")
         pixels = np.where(pixels <= JPEG_RINGING, 0, np.where(pixels >= 255 - JPEG_RINGING, 255, pixels))
     values = np.unique(pixels[pixels > 0])
     if len(values) > 1:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion.montage import case_montage
+from guided_diffusion.montage import case_montage, png, stack
 
 FRAME = (170, 170, 170)  # every cell has a frame of this colour
 
@@ -123,3 +123,32 @@ def test_members_beyond_the_shown_are_counted_in_the_title():
 
 def test_names_in_any_script_can_be_drawn():
     case_montage("Fall 7 (größer) 病例", *make_case(16, 1, 1))
+
+
+def test_fewer_members_are_shown_on_request_and_the_title_says_so():
+    image, masks, ensemble = make_case(16, 1, 10)
+    page, all_of_them = (case_montage("x", image, masks, ensemble, max_members=count) for count in (8, 10))
+    *_, members = rows_of(page)
+    assert len(members) == 8 and len(sum(rows_of(all_of_them), [])) == 5 + 1 + 10
+    for (cell, _), mask in zip(members, ensemble):
+        assert np.array_equal(cell, enlarged(mask, 160))
+    shown, plain = (np.asarray(picture)[:30] for picture in (page, all_of_them))
+    assert (shown < 100).sum() > (plain < 100).sum()
+
+
+def test_stacked_pages_stand_one_below_the_other_on_white():
+    pages = [case_montage("x", *make_case(16, raters, 1, seed=raters)) for raters in (2, 0, 1)]
+    whole = stack(pages)
+    assert whole.size == (max(page.width for page in pages), sum(page.height for page in pages))
+    pixels, y = np.asarray(whole), 0
+    for page in pages:
+        assert np.array_equal(pixels[y:y + page.height, :page.width], np.asarray(page))
+        assert (pixels[y:y + page.height, page.width:] == 255).all()
+        y += page.height
+    assert pages[1].width < whole.width  # some of it is margin
+
+
+def test_png_holds_every_pixel():
+    page = case_montage("x", *make_case(16, 1, 2))
+    with Image.open(io.BytesIO(png(page))) as picture:
+        assert picture.format == "PNG" and np.array_equal(np.asarray(picture), np.asarray(page))
