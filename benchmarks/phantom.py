@@ -69,7 +69,7 @@ def parse_args():
     parser.add_argument("--num_train", type=int, default=4000, help="phantoms to train on (default %(default)s)")
     parser.add_argument("--num_cases", type=int, default=100, help="phantoms to score on (default %(default)s)")
     parser.add_argument("--num_ensemble", type=int, default=16, help="masks a case (default %(default)s)")
-    parser.add_argument("--max_steps", type=int, default=8000, help="training steps (default %(default)s)")
+    parser.add_argument("--max_steps", type=int, default=6000, help="training steps (default %(default)s)")
     parser.add_argument("--points", type=int, default=4, help="points of the training to score (default %(default)s)")
     parser.add_argument("--sampling_steps", default="10,2,5,25", help="numbers of network evaluations a mask; the"
                         " first is used for all points of the training, the others for its end (default %(default)s)")

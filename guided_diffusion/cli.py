@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from . import checkpoint, dist_util
 from .errors import InputError
-from .script_util import FLAGS, defaults, parse_numbers
+from .script_util import FLAGS, choose_sampler, defaults, parse_numbers
 
 # the groups of flags that a script takes
 JOBS = {
@@ -89,8 +89,8 @@ def _check_ranges(job, args, given):
             raise InputError(f"--{flag.name} {values[flag.name]}: must be at least {flag.least}")
     if values.get("median_blur") and values["median_blur"] % 2 == 0:
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
-    if "ddim_eta" in given and not args.use_ddim:
-        raise InputError("--ddim_eta: only DDIM has it; give --use_ddim True, too")
+    if job == "sampling":
+        choose_sampler(args, given)
     if values.get("ddim_eta", 0) > 1 or values.get("dropout", 0) >= 1:
         raise InputError("--ddim_eta must be at most 1 and --dropout below 1")
     if values.get("microbatch", -1) != -1 and values["microbatch"] < 1:

@@ -1,5 +1,6 @@
 """Small pieces that networks and losses share."""
 
+import contextlib
 import math
 
 import torch
@@ -8,12 +9,16 @@ from torch.nn import functional as F
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation with statistics in float32, whatever the dtype of the input (float64 stays float64)."""
+    """Group normalisation in the dtype of its input, under autocast as well; the kernels take the statistics of 16-bit
+    inputs in float32."""
 
     def forward(self, x):
-        wide = x if x.dtype == torch.float64 else x.float()
-        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-        return F.group_norm(wide, self.num_groups, weight, bias, self.eps).to(x.dtype)
+        weight, bias = self.weight, self.bias
+        if x.is_cuda or x.dtype.itemsize > 2:  # on a CPU, the kernel takes float32 weights beside a 16-bit input
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        whole = torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
+        with whole:  # autocast would widen the whole feature map
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def normalization(channels):

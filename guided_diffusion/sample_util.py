@@ -1,11 +1,11 @@
 """Drawing ensembles of masks for many cases in full batches, and writing them."""
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import re
+import time
 
 import numpy as np
 import torch
@@ -38,38 +38,50 @@ class MemberNoise:
 class EnsembleSampler:
     """Draws masks for scans from a denoiser.
 
-    :param model, diffusion: the U-Net in evaluation mode, on its device, and the (respaced) process to walk.
+    :param model, diffusion: the U-Net in evaluation mode, on its device, and the (respaced) process to walk. It
+        computes in the dtype of its weights, see UNetModel.convert_for_sampling.
     :param batch_size: rows of every network call. A batch that is not full is padded to it, since a network's
         rounding depends on the shape of its batch: so a member is the same to the last bit whatever it is drawn with.
-    :param dtype: of autocast, None for float32.
+    :param sampler: one of samplers.SAMPLERS; ddim_eta is for "ddim".
     """
 
-    def __init__(self, model, diffusion, *, batch_size=1, seed=0, use_ddim=False, ddim_eta=0.0, clip_denoised=True,
-                 dtype=None):
+    def __init__(self, model, diffusion, *, batch_size=1, seed=0, sampler="ancestral", ddim_eta=0.0,
+                 clip_denoised=True):
         self.model, self.diffusion = model, diffusion
         self.batch_size, self.seed = batch_size, seed
-        self.use_ddim, self.ddim_eta, self.clip_denoised, self.dtype = use_ddim, ddim_eta, clip_denoised, dtype
+        self.walk, self.calls_of = samplers.SAMPLERS[sampler]
+        self.options = {"eta": ddim_eta} if sampler == "ddim" else {}
+        self.clip_denoised = clip_denoised
         self.device = next(model.parameters()).device
+
+    @property
+    def calls(self):
+        """Network calls a mask."""
+        return self.calls_of(self.diffusion.num_timesteps)
+
+    @torch.no_grad()
+    def seconds_a_call(self, image):
+        """How long the network takes for one batch of scans like this one, [C, H, W]."""
+        x = torch.zeros(self.batch_size, 1, *image.shape[1:], device=self.device)
+        images = torch.from_numpy(image).to(self.device).expand(self.batch_size, -1, -1, -1)
+        t = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
+        for _ in range(2):  # the first call also chooses algorithms
+            start = time.perf_counter()
+            self.diffusion.run_model(self.model, x, t, {"image": images})[0].cpu()
+        return time.perf_counter() - start
 
     def draw(self, images, members, on_step=lambda: None):
         """x_0 of one batch, [N, H, W] float32 on the CPU; foreground is above 0.5.
 
         :param images: [N, C, H, W] float in [0, 1]; members: one (case name, number) a row.
-        :param on_step: called after every network call.
+        :param on_step: called after every step of the sampler.
         """
         noise = MemberNoise(self.seed, members)
         images = images.to(self.device)
         x = noise(torch.empty(len(images), 1, *images.shape[2:], device=self.device))
-        walk, options = samplers.ancestral, {}
-        if self.use_ddim:
-            walk, options = samplers.ddim, {"eta": self.ddim_eta}
-        precision = contextlib.nullcontext()
-        if self.dtype is not None:
-            precision = torch.autocast(self.device.type, self.dtype)
-        with precision:
-            for x_t, _ in walk(self.diffusion, self.model, x, noise=noise, clip_denoised=self.clip_denoised,
-                               model_kwargs={"image": images}, **options):
-                on_step()
+        for x_t, _ in self.walk(self.diffusion, self.model, x, noise=noise, clip_denoised=self.clip_denoised,
+                                model_kwargs={"image": images}, **self.options):
+            on_step()
         return x_t[:, 0].cpu()
 
     def ensembles(self, cases, num_ensemble, on_step=lambda: None):

@@ -5,6 +5,8 @@ process, and yields (x, predicted x_0) after each, both [N, C, H, W]. `noise(x)`
 of x; give your own to fix the randomness of every row apart from the others.
 """
 
+import math
+
 import torch
 from tqdm.auto import tqdm
 
@@ -44,6 +46,65 @@ def ddim(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, den
 
 
 @torch.no_grad()
+def dpm_solver(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None, model_kwargs=None,
+               stochastic=False):
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order at one network call a step.
+
+    It extrapolates x_0 from the last two predictions, linearly in half the log-SNR, lambda = log(alpha / sigma).
+    `stochastic` is the SDE-DPM-Solver++(2M) of the same paper, which adds noise at every step but the last. The first
+    step, with no earlier prediction, and the last, which goes to lambda = infinity, are of first order.
+    """
+    before = None  # the prediction of the step before, and how far that step went in lambda
+    for t in reversed(range(diffusion.num_timesteps)):
+        x_start = diffusion.p_mean_variance(
+            model, x, _batch(t, x), clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
+        (alpha, sigma), (alpha_next, sigma_next) = _level(diffusion, t), _level(diffusion, t - 1)
+        if t == 0:
+            yield x_start, x_start
+            return
+        step = math.log(alpha_next / sigma_next) - math.log(alpha / sigma)
+        target = x_start
+        if before is not None:
+            previous, previous_step = before
+            target = x_start + (x_start - previous) * (step / (2 * previous_step))
+        decay = math.exp(-2 * step if stochastic else -step)
+        x = sigma_next / sigma * math.exp(-step if stochastic else 0) * x + alpha_next * (1 - decay) * target
+        if stochastic:
+            x = x + sigma_next * (1 - decay) ** 0.5 * noise(x)
+        before = x_start, step
+        yield x, x_start
+
+
+def dpm_solver_sde(diffusion, model, x, **options):
+    """dpm_solver with fresh noise at every step."""
+    return dpm_solver(diffusion, model, x, stochastic=True, **options)
+
+
+@torch.no_grad()
+def heun(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+    """Heun's second-order method: two network calls a step, one for the last; deterministic, `noise` is not used.
+
+    As in EDM (Karras et al. 2022, arXiv 2206.00364, algorithm 1, without churn) each step is taken once with the
+    prediction at its start and again with the mean of that and the one at its end. The mean is of x_0 rather than of
+    the noise, over an exact solution for constant x_0 (eq. 9 of DPM-Solver++): EDM's form is linear in sigma / alpha,
+    which a cosine schedule takes to 20,000.
+    """
+    def predict(x, t):
+        return diffusion.p_mean_variance(
+            model, x, _batch(t, x), clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
+
+    for t in reversed(range(1, diffusion.num_timesteps)):
+        (alpha, sigma), (alpha_next, sigma_next) = _level(diffusion, t), _level(diffusion, t - 1)
+        ratio = sigma_next / sigma
+        x_start = predict(x, t)
+        ahead = predict(ratio * x + (alpha_next - ratio * alpha) * x_start, t - 1)
+        x = ratio * x + (alpha_next - ratio * alpha) * (x_start + ahead) / 2
+        yield x, x_start
+    x_start = predict(x, 0)
+    yield x_start, x_start
+
+
+@torch.no_grad()
 def ddim_reverse(diffusion, model, x, *, clip_denoised=True, denoised_fn=None, model_kwargs=None):
     """DDIM's ordinary differential equation backwards, from a mask x_0 to the noise x_T that would give it.
 
@@ -56,6 +117,16 @@ def ddim_reverse(diffusion, model, x, *, clip_denoised=True, denoised_fn=None, m
         abar_next = diffusion.alphas_cumprod_next[t].item()
         x = abar_next ** 0.5 * x_start + (1 - abar_next) ** 0.5 * eps
         yield x, x_start
+
+
+# --sampler: the walk, and the network calls it makes for n steps
+SAMPLERS = {
+    "ancestral": (ancestral, lambda n: n),
+    "ddim": (ddim, lambda n: n),
+    "dpm++": (dpm_solver, lambda n: n),
+    "dpm++sde": (dpm_solver_sde, lambda n: n),
+    "heun": (heun, lambda n: 2 * n - 1),
+}
 
 
 def last(steps, total, progress=False):
@@ -71,3 +142,10 @@ def progress_bar(iterable, show, total=None):
 
 def _batch(t, x):
     return torch.full((len(x),), t, device=x.device)
+
+
+def _level(diffusion, t):
+    """alpha and sigma of q(x_t | x_0) = N(alpha x_0, sigma^2) as floats; step -1 is x_0 itself."""
+    if t < 0:
+        return 1.0, 0.0
+    return diffusion.sqrt_alphas_cumprod[t].item(), diffusion.sqrt_one_minus_alphas_cumprod[t].item()

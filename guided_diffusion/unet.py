@@ -206,6 +206,8 @@ class UNetModel(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
         if y is not None:
             emb = emb + self.label_emb(y)
+        torso = self.middle_block[0].in_layers[2].weight.dtype
+        x, emb = x.to(torso), emb.to(torso)
         skips = []
         for block in self.input_blocks:
             x = block(x, emb)
@@ -213,7 +215,20 @@ class UNetModel(nn.Module):
         x = self.middle_block(x, emb)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), emb)
-        return self.out(x)
+        return self.out(x.to(self.out[2].weight.dtype))
+
+    def convert_for_sampling(self, dtype=None):
+        """Keep the weights in this dtype (None: as they are) and channels last, once, rather than cast them at every
+        call; returns the model.
+
+        Norms, the timestep embedding and the output layer stay as they are: they are a thousandth of the work, and the
+        rounding of the last would go straight into x_0. Training in 16 bits needs autocast and float32 weights instead.
+        """
+        for blocks in (self.input_blocks, self.middle_block, self.output_blocks):
+            for module in blocks.modules():
+                if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                    module.to(dtype=dtype)
+        return self.to(memory_format=torch.channels_last)
 
 
 class SegmentationUNet(UNetModel):

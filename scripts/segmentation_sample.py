@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import time
+from datetime import timedelta
 
 import torch
 from tqdm.auto import tqdm
@@ -21,8 +22,9 @@ from guided_diffusion.cli import parse_flags, results_folder, run_script
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
 from guided_diffusion.monitor import Monitor
+from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.script_util import (
-    apply_stored_flags, autocast_dtype, create_model_and_diffusion, defaults, pick,
+    BEST, apply_stored_flags, autocast_dtype, create_model_and_diffusion, defaults, pick,
 )
 
 
@@ -46,7 +48,7 @@ def main():
         checkpoint.make_folder(folder)
 
     settings = {**pick(args, "model", "diffusion"), "model": checkpoint.digest(model_path), "seed": args.seed,
-                "use_ddim": args.use_ddim, "ddim_eta": args.ddim_eta, "clip_denoised": args.clip_denoised,
+                "sampler": args.sampler, "ddim_eta": args.ddim_eta, "clip_denoised": args.clip_denoised,
                 "median_blur": args.median_blur}
     fingerprints = {}  # of this process's cases that are still to be drawn, by their number
     for i in range(rank, len(cases), world_size):
@@ -56,21 +58,25 @@ def main():
             del fingerprints[i]
     todo = sum(dist_util.all_gather_objects(len(fingerprints)))
 
+    # no batch is larger than all there is to draw, whatever is already done and however many processes share it
+    batch_size = min(args.batch_size, len(cases) * args.num_ensemble)
+    model.to(dist_util.dev()).eval().convert_for_sampling(dtype)
+    sampler = sample_util.EnsembleSampler(model, diffusion, batch_size=batch_size, seed=args.seed, sampler=args.sampler,
+                                          ddim_eta=args.ddim_eta, clip_denoised=args.clip_denoised)
     logger.configure(enabled=rank == 0)
     logger.log("command:", shlex.join(sys.argv))
     logger.log(f"{len(cases)} cases from {args.data_dir}, {len(cases) - todo} of them already complete in {folder};"
-               f" {args.num_ensemble} masks each, {diffusion.num_timesteps} network calls a mask,"
+               f" {args.num_ensemble} masks each, {sampler.calls} network calls a mask,"
                f" {world_size} process(es) on {dist_util.dev()}")
-
-    # no batch is larger than all there is to draw, whatever is already done and however many processes share it
-    batch_size = min(args.batch_size, len(cases) * args.num_ensemble)
-    sampler = sample_util.EnsembleSampler(
-        model.to(dist_util.dev()).eval(), diffusion, batch_size=batch_size, seed=args.seed, use_ddim=args.use_ddim,
-        ddim_eta=args.ddim_eta, clip_denoised=args.clip_denoised, dtype=dtype)
+    batches = -(-len(fingerprints) * args.num_ensemble // batch_size)
+    best = SAMPLERS[BEST["sampler"]][1](BEST["sampling_steps"])
+    if sampler.calls > 4 * best and todo:
+        seconds = sampler.seconds_a_call(cases[0].image) * sampler.calls * batches
+        logger.log(f"this will take about {timedelta(seconds=round(seconds))}; --sampler best takes {best} network"
+                   f" calls a mask rather than {sampler.calls}")
     monitor = Monitor(args.visdom_port if rank == 0 else 0, env=os.path.basename(os.path.abspath(folder)))
-    calls = -(-len(fingerprints) * args.num_ensemble // batch_size) * diffusion.num_timesteps
     start = time.perf_counter()
-    with tqdm(total=calls, desc="sampling", unit=" calls", dynamic_ncols=True,
+    with tqdm(total=batches * diffusion.num_timesteps, desc="sampling", unit=" steps", dynamic_ncols=True,
               disable=None if rank == 0 else True) as bar:
         ensembles = sampler.ensembles((cases[i] for i in fingerprints), args.num_ensemble, bar.update)
         for i, (case, samples) in zip(fingerprints, ensembles):

@@ -10,11 +10,14 @@ from helpers import refusal
 from guided_diffusion import cli
 from guided_diffusion.cli import parse_flags
 from guided_diffusion.gaussian_diffusion import ModelVarType
+from guided_diffusion.respace import SPACINGS
+from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.script_util import (
-    apply_stored_flags, autocast_dtype, create_gaussian_diffusion, create_model, pick, stored_flags,
+    BEST, apply_stored_flags, autocast_dtype, choose_sampler, create_gaussian_diffusion, create_model, pick,
+    stored_flags,
 )
 
-TRAINING, SAMPLING = "training", "sampling"
+TRAINING, SAMPLING, EVALUATION = "training", "sampling", "evaluation"
 
 PUBLISHED = {
     "both": dict(
@@ -35,8 +38,12 @@ PUBLISHED = {
 OWN = {
     "both": dict(image_channels=4, use_bf16=False, seed=0, fit="error", visdom_port=8097, results_dir=""),
     TRAINING: dict(max_steps=0, kl_weight=0.001),
-    SAMPLING: dict(ddim_eta=0.0, median_blur=0),
+    SAMPLING: dict(ddim_eta=0.0, median_blur=0, evaluate=False, sampler="ancestral", sampling_steps=0,
+                   timestep_spacing="uniform"),
 }
+EVALUATION_FLAGS = dict(
+    data_dir="./data/testing", samples_dir="./results", pattern="{case}_output{i}.png", num_samples="4,16,50,100",
+    skip_missing=False, patient_pattern=r"\D*\d+", output_dir="", fit="error", seed=0, ngpu=0, local_rank=None)
 
 MODEL_FLAGS = ("--image_size 128 --num_channels 128 --class_cond False --num_res_blocks 2 --num_heads 1"
                " --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16")
@@ -66,7 +73,9 @@ def test_every_flag_takes_a_value_of_its_own_kind(job):
     flags = {**PUBLISHED["both"], **PUBLISHED[job], **OWN["both"], **OWN[job]}
     other = {"noise_schedule": "cosine", "schedule_sampler": "loss-second-moment", "fit": "crop", "local_rank": 1,
              "ema_rate": "0.5,0.9", "median_blur": 3, "microbatch": 2, "dropout": 0.5, "class_cond": False,
-             "use_ddim": True, "ddim_eta": 0.5, "use_fp16": False}
+             "use_ddim": True, "ddim_eta": 0.5, "use_fp16": False, "sampler": "ddim"}
+    for name in ("sampling_steps", "timestep_spacing"):  # not with timestep_respacing
+        flags.pop(name, None)
     for name, default in flags.items():
         if name not in other:
             other[name] = {bool: not default, int: 3, float: 0.25, str: "7"}[type(default)]
@@ -74,6 +83,18 @@ def test_every_flag_takes_a_value_of_its_own_kind(job):
     args, given = parse(job, text)
     assert given == {name: value for name, value in other.items() if name in flags}
     assert vars(args) == {**vars(args), **given}
+
+
+def test_evaluation_has_flags_of_its_own_and_none_of_the_model():
+    args, given = parse(EVALUATION)
+    assert vars(args) == EVALUATION_FLAGS and given == {}
+    assert all(type(getattr(args, name)) is type(default) for name, default in EVALUATION_FLAGS.items())
+    args, given = parse(EVALUATION, "--num_samples 2,8 --pattern {case}/{i:03d}.png --skip_missing yes --fit crop"
+                                    " --local-rank=1")
+    assert given == {"num_samples": "2,8", "pattern": "{case}/{i:03d}.png", "skip_missing": True, "fit": "crop",
+                     "local_rank": 1}
+    assert vars(args) == {**EVALUATION_FLAGS, **given}
+    assert "did you mean --samples_dir?" in refusal(parse, EVALUATION, "--sample_dir x")
 
 
 @pytest.mark.parametrize("job, text, expected", [
@@ -131,6 +152,9 @@ def test_unknown_flag_like_no_other_points_to_the_help():
 def test_flag_of_the_other_script_is_unknown():
     assert "unknown flag --num_ensemble" in refusal(parse, TRAINING, "--num_ensemble 4")
     assert "unknown flag --latent_dim" in refusal(parse, SAMPLING, "--latent_dim 6")
+    assert "unknown flag --samples_dir" in refusal(parse, SAMPLING, "--samples_dir x")
+    for flag in ("--image_size", "--num_ensemble", "--lr", "--results_dir", "--visdom_port"):
+        assert f"unknown flag {flag}" in refusal(parse, EVALUATION, f"{flag} 1")
 
 
 @pytest.mark.parametrize("script, job", [("segmentation_train.py", TRAINING), ("segmentation_sample.py", SAMPLING)])
@@ -146,6 +170,20 @@ def test_help_is_grouped_and_mentions_every_flag_with_its_default(run, script, j
         assert f" --{name} " in result.out or f" --{name}," in result.out, name
         if default not in ("", None, False, 0):
             assert f"(default: {default})" in words, name
+
+
+def test_help_of_the_evaluation_mentions_its_flags_and_files_only(run):
+    result = run("segmentation_evaluate.py", "--help")
+    assert result.code == 0 and result.err == ""
+    headings = [line[:-1] for line in result.out.splitlines() if line and line[0] != " " and line.endswith(":")]
+    assert {EVALUATION, "files and processes"} <= set(headings)
+    assert not {"the U-Net", "the diffusion process", "results"} & set(headings)
+    words = " ".join(result.out.split())
+    for name, default in EVALUATION_FLAGS.items():
+        assert f" --{name} " in result.out or f" --{name}," in result.out, name
+        if default not in ("", None, False, 0):
+            assert f"(default: {default})" in words, name
+    assert all(name in words for name in ("scores.csv", "scores.json", "scores.png", "best.png", "worst.png"))
 
 
 # ---- values that cannot be ----
@@ -166,7 +204,7 @@ def test_help_is_grouped_and_mentions_every_flag_with_its_default(run, script, j
     (TRAINING, "--ema_rate 1", "--ema_rate 1"),
     (TRAINING, "--ema_rate ''", "--ema_rate"),
     (SAMPLING, "--median_blur 4", "--median_blur 4: must be odd"),
-    (SAMPLING, "--ddim_eta 0.5", "--use_ddim True"),
+    (SAMPLING, "--ddim_eta 0.5", "--sampler ddim"),
     (SAMPLING, "--use_ddim True --ddim_eta 1.5", "--ddim_eta"),
     (SAMPLING, "--fit stretch", "--fit"),
     (TRAINING, "--image_size", "--image_size"),
@@ -174,6 +212,9 @@ def test_help_is_grouped_and_mentions_every_flag_with_its_default(run, script, j
     (TRAINING, "--class_cond True", "--class_cond True"),
     (SAMPLING, "--class_cond True", "--class_cond True"),
     (TRAINING, "--use_fp16 True --use_bf16 True", "--use_fp16 and --use_bf16"),
+    (EVALUATION, "--seed -1", "--seed -1: must be at least 0"),
+    (EVALUATION, "--fit stretch", "--fit"),
+    (EVALUATION, "--skip_missing maybe", "--skip_missing"),
 ])
 def test_impossible_value_is_refused_by_flag(job, text, word):
     assert word in refusal(parse, job, text)
@@ -186,6 +227,116 @@ def test_half_precision_without_cuda_names_the_alternative(monkeypatch):
     assert autocast_dtype(parse(TRAINING)[0]) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert autocast_dtype(parse(TRAINING, "--use_fp16 True")[0]) == torch.float16
+
+
+# ---- which sampler ----
+
+@pytest.mark.parametrize("text, sampler, respacing", [
+    ("", "ancestral", ""),
+    ("--timestep_respacing 10,15,20", "ancestral", "10,15,20"),
+    ("--sampler heun --timestep_respacing ddim25", "heun", "ddim25"),
+    ("--sampler heun", "heun", ""),
+    ("--sampling_steps 250", "ancestral", "uniform250"),
+    ("--sampler dpm++ --sampling_steps 7", "dpm++", "uniform7"),
+    ("--sampler dpm++ --sampling_steps 7 --timestep_spacing logsnr", "dpm++", "logsnr7"),
+    ("--timestep_spacing trailing --sampling_steps 1", "ancestral", "trailing1"),
+    ("--sampler best", BEST["sampler"], f"{BEST['timestep_spacing']}{BEST['sampling_steps']}"),
+    ("--sampler best --sampling_steps 25", BEST["sampler"], f"{BEST['timestep_spacing']}25"),
+    ("--use_ddim True", "ddim", ""),
+    ("--sampler ddim", "ddim", ""),
+    ("--use_ddim True --sampler ddim", "ddim", ""),
+    ("--use_ddim True --timestep_respacing ddim25", "ddim", "ddim25"),
+    ("--use_ddim True --sampling_steps 25 --ddim_eta 0.5", "ddim", "uniform25"),
+    ("--sampler ddim --ddim_eta 0.5", "ddim", ""),
+    ("--use_ddim False", "ancestral", ""),
+    ("--use_ddim False --sampler heun", "heun", ""),
+    ("--use_ddim False --sampler best", BEST["sampler"], f"{BEST['timestep_spacing']}{BEST['sampling_steps']}"),
+])
+def test_flags_of_the_sampler_settle_the_walk_and_its_steps(text, sampler, respacing):
+    args, given = parse(SAMPLING, text)
+    assert (args.sampler, args.timestep_respacing) == (sampler, respacing)
+    assert given.keys() == {word[2:] for word in text.split()[::2]}
+    steps = create_gaussian_diffusion(**pick(args, "diffusion")).num_timesteps
+    assert steps == {"": 1000, "10,15,20": 45, "ddim25": 25}.get(respacing) or respacing.endswith(str(steps))
+
+
+@pytest.mark.parametrize("text, flags", [
+    ("--sampler best --timestep_respacing 50", ["sampler", "timestep_respacing"]),
+    ("--sampler best --timestep_spacing logsnr", ["sampler", "timestep_spacing"]),
+    ("--sampler best --timestep_spacing uniform --sampling_steps 5", ["sampler", "timestep_spacing"]),
+    ("--sampling_steps 10 --timestep_respacing 50", ["sampling_steps", "timestep_respacing"]),
+    ("--sampler heun --sampling_steps 10 --timestep_respacing 50", ["sampling_steps", "timestep_respacing"]),
+    ("--sampler best --sampling_steps 10 --timestep_respacing 50", ["sampling_steps", "timestep_respacing"]),
+    ("--use_ddim True --sampler heun", ["sampler", "use_ddim"]),
+    ("--use_ddim True --sampler ancestral", ["sampler", "use_ddim"]),
+    ("--use_ddim True --sampler best", ["sampler", "use_ddim"]),
+    ("--ddim_eta 0.5", ["ddim_eta", "sampler ddim"]),
+    ("--sampler dpm++sde --ddim_eta 0", ["ddim_eta", "sampler ddim"]),
+    ("--sampler best --ddim_eta 0.5", ["ddim_eta", "sampler ddim"]),
+    ("--timestep_spacing logsnr", ["timestep_spacing", "sampling_steps"]),
+    ("--timestep_spacing uniform", ["timestep_spacing", "sampling_steps"]),
+    ("--sampler heun --timestep_spacing quadratic --timestep_respacing 9", ["timestep_spacing", "sampling_steps"]),
+])
+def test_contradictions_about_the_sampler_are_refused_by_both_flags(text, flags):
+    message = refusal(parse, SAMPLING, text)
+    assert all(f"--{flag}" in message for flag in flags)
+    known = {"sampler", "use_ddim", "ddim_eta", "sampling_steps", "timestep_spacing", "timestep_respacing"}
+    assert {name for name in known if f"--{name}" in message} == {flag.split()[0] for flag in flags}
+
+
+def test_sampler_spacing_and_steps_outside_their_range_are_refused():
+    for flag, words in (("sampler", [*SAMPLERS, "best"]), ("timestep_spacing", SPACINGS)):
+        message = refusal(parse, SAMPLING, f"--{flag} fast")
+        assert f"--{flag}" in message and all(f"'{word}'" in message for word in words)
+    assert "--sampling_steps -1: must be at least 0" in refusal(parse, SAMPLING, "--sampling_steps -1")
+    args, _ = parse(SAMPLING, "--sampling_steps 1001")
+    assert "1001 of 1000 steps" in refusal(create_gaussian_diffusion, **pick(args, "diffusion"))
+
+
+def test_every_sampler_and_spacing_can_be_asked_for():
+    for sampler in SAMPLERS:
+        for spacing in SPACINGS:
+            args, _ = parse(SAMPLING, f"--sampler {sampler} --sampling_steps 5 --timestep_spacing {spacing}")
+            assert (args.sampler, args.timestep_respacing) == (sampler, f"{spacing}5")
+
+
+def test_best_is_a_sampler_that_can_be_had_at_a_fiftieth_of_the_calls():
+    assert BEST["sampler"] in SAMPLERS and BEST["timestep_spacing"] in SPACINGS
+    args, _ = parse(SAMPLING, "--sampler best")
+    steps = create_gaussian_diffusion(**pick(args, "diffusion")).num_timesteps
+    assert 1 <= SAMPLERS[args.sampler][1](steps) <= 20
+
+
+def test_best_keeps_to_what_it_stands_for(monkeypatch):
+    monkeypatch.setattr("guided_diffusion.script_util.BEST",
+                        {"sampler": "heun", "sampling_steps": 6, "timestep_spacing": "logsnr"})
+    args = parse(SAMPLING, "--sampler best")[0]
+    assert (args.sampler, args.timestep_respacing) == ("heun", "logsnr6")
+    args = parse(SAMPLING, "--sampler best --sampling_steps 3")[0]
+    assert (args.sampler, args.timestep_respacing) == ("heun", "logsnr3")
+
+
+def test_training_and_evaluation_choose_no_sampler():
+    assert parse(TRAINING, "--timestep_respacing 50")[0].timestep_respacing == "50"
+    for job in (TRAINING, EVALUATION):
+        for flag in ("--sampler best", "--sampling_steps 5", "--timestep_spacing uniform"):
+            assert f"unknown flag {flag.split()[0]}" in refusal(parse, job, flag)
+
+
+def test_stored_flags_leave_the_steps_of_the_sampler_alone():
+    args, given = parse(SAMPLING, "--sampler dpm++ --sampling_steps 8")
+    stored = stored_flags(parse(TRAINING, "--timestep_respacing 50 --diffusion_steps 200")[0])
+    apply_stored_flags(args, given, stored, "run")
+    assert args.timestep_respacing == "uniform8"
+    diffusion = create_gaussian_diffusion(**pick(args, "diffusion"))
+    assert (diffusion.num_timesteps, diffusion.original_num_steps) == (8, 200)
+
+
+def test_sampler_may_be_chosen_without_a_command_line():
+    args = SimpleNamespace(sampler="ancestral", sampling_steps=5, timestep_spacing="trailing", timestep_respacing="",
+                           use_ddim=True, ddim_eta=0.0)
+    choose_sampler(args, {"sampling_steps": 5, "timestep_spacing": "trailing", "use_ddim": True})
+    assert (args.sampler, args.timestep_respacing) == ("ddim", "trailing5")
 
 
 # ---- stored flags ----

@@ -2,15 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from helpers import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule,
 )
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.respace import SPACINGS, SpacedDiffusion, space_timesteps, spread_timesteps
+from guided_diffusion.script_util import create_gaussian_diffusion
 
 TYPES = dict(model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE)
 
@@ -89,10 +92,112 @@ def test_impossible_respacings_are_refused(text):
         space_timesteps(1000, text)
 
 
+# ---- spread for samplers ----
+
+def noise_levels(schedule, steps=1000):
+    return (1 - get_named_beta_schedule(schedule, steps)).cumprod(0).numpy()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("total, counts", [(30, range(1, 31)), (1000, [1, 2, 3, 10, 37, 50, 100, 250, 999, 1000])])
+def test_spread_steps_are_as_many_as_asked_for_and_include_the_last(spacing, schedule, total, counts):
+    for count in counts:
+        steps = spread_timesteps(total, count, spacing, noise_levels(schedule, total))
+        assert len(steps) == count and all(type(step) is int for step in steps)
+        assert steps == sorted(set(steps)) and steps[0] >= 0 and steps[-1] == total - 1
+        if spacing != "trailing" and count > 1:
+            assert steps[0] == 0
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_spelling_with_a_number_spreads_that_many(spacing):
+    abar = noise_levels("cosine")
+    for count in (1, 2, 10, 1000):
+        assert space_timesteps(1000, f"{spacing}{count}", abar) == spread_timesteps(1000, count, spacing, abar)
+    if spacing != "logsnr":
+        assert space_timesteps(1000, f"{spacing}10") == spread_timesteps(1000, 10, spacing)
+
+
+def test_uniform_steps_are_those_of_one_section_up_to_halves():
+    """A place half-way between two timesteps may be rounded to either."""
+    for total in (30, 1000):
+        for count in range(2, total + 1):
+            spread, section = spread_timesteps(total, count, "uniform"), space_timesteps(total, str(count))
+            for k, (step, other) in enumerate(zip(spread, section, strict=True)):
+                assert step == other or 2 * k * (total - 1) % (count - 1) == 0 and abs(step - other) == 1
+    assert space_timesteps(1000, "uniform10") == space_timesteps(1000, "10") == list(range(0, 1000, 111))
+    assert space_timesteps(1000, "uniform1") == [999]  # unlike "1"
+
+
+def test_trailing_steps_end_a_whole_step_before_the_mask():
+    assert space_timesteps(1000, "trailing5") == [199, 399, 599, 799, 999]
+    assert space_timesteps(1000, "trailing1") == [999]
+    for count in range(1, 101):
+        steps = space_timesteps(100, f"trailing{count}")
+        assert all(abs(step - (100 * k / count - 1)) <= 0.5 + 1e-9 for k, step in enumerate(steps, 1))
+
+
+def test_quadratic_steps_are_even_in_the_square_root():
+    assert space_timesteps(101, "quadratic11") == [k * k for k in range(11)]
+    for count in (5, 10, 15):
+        steps = space_timesteps(1000, f"quadratic{count}")
+        assert all(abs(step - 999 * (k / (count - 1)) ** 2) <= 0.5 for k, step in enumerate(steps))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("count", [2, 5, 10])
+def test_logsnr_steps_are_as_even_in_it_as_whole_timesteps_can_be(schedule, count):
+    abar = noise_levels(schedule)
+    logsnr = np.log(abar) - np.log1p(-abar)
+    steps = space_timesteps(1000, f"logsnr{count}", abar)
+    wanted = np.linspace(logsnr[0], logsnr[-1], count)
+    free = [k for k in range(1, count - 1) if steps[k - 1] + 1 < steps[k] < steps[k + 1] - 1]
+    assert len(free) >= 0.6 * (count - 2)  # the others are pushed by their neighbours
+    for k in free:
+        assert logsnr[steps[k] + 1] < wanted[k] < logsnr[steps[k] - 1]
+        assert abs(np.interp(-wanted[k], -logsnr, np.arange(1000)) - steps[k]) <= 0.5
+    if count == 10:  # where the schedule changes fast there are more
+        assert sum(step > 870 for step in steps) == (2 if schedule == "linear" else 6)
+
+
+def test_steps_that_would_coincide_move_to_the_next_free_ones():
+    assert space_timesteps(30, "quadratic20")[:6] == [0, 1, 2, 3, 4, 5]
+    crowded = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 1e-9])  # nearly all of the log-SNR lies behind the last step
+    assert spread_timesteps(6, 4, "logsnr", crowded) == [0, 3, 4, 5]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("count", [0, 1001, 5000])
+def test_more_steps_than_there_are_or_none_are_refused_by_number(spacing, count):
+    for function, args in ((spread_timesteps, (1000, count, spacing)), (space_timesteps, (1000, f"{spacing}{count}"))):
+        with pytest.raises(ValueError, match=f"cannot keep {count} of 1000 steps"):
+            function(*args, noise_levels("linear"))
+
+
+@pytest.mark.parametrize("text", ["uniform", "foo10", "uniform-3", "uniform2.5", "uniform 10", "10uniform", "uniformx",
+                                  "Uniform10", "uniform10,10", "uniform10\n", "trailing", "logsnr", "uniformlogsnr10"])
+def test_other_words_spread_nothing(text):
+    with pytest.raises(ValueError, match="is not"):
+        space_timesteps(1000, text, noise_levels("linear"))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_flag_of_the_process_takes_every_spacing(spacing, schedule):
+    part = create_gaussian_diffusion(noise_schedule=schedule, timestep_respacing=f"{spacing}10")
+    kept = spread_timesteps(1000, 10, spacing, noise_levels(schedule))
+    assert part.timestep_map.tolist() == kept and part.original_num_steps == 1000
+    whole = create_gaussian_diffusion(noise_schedule=schedule)
+    torch.testing.assert_close(part.alphas_cumprod, whole.alphas_cumprod[kept], rtol=1e-9, atol=0)
+    message = refusal(create_gaussian_diffusion, noise_schedule=schedule, timestep_respacing=f"{spacing}1001")
+    assert message == f"--timestep_respacing {spacing}1001: cannot keep 1001 of 1000 steps"
+
+
 # ---- the process on them ----
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("respacing", ["250", "10,15,20", "ddim25", "1", ""])
+@pytest.mark.parametrize("respacing", ["250", "10,15,20", "ddim25", "1", "uniform10", "trailing10", "quadratic10", ""])
 def test_marginals_at_kept_timesteps_are_those_of_the_whole_process(respacing, schedule):
     part = spaced(respacing, schedule=schedule)
     whole = GaussianDiffusion(betas=get_named_beta_schedule(schedule, 1000), **TYPES)

@@ -1,5 +1,6 @@
 """Ensembles depend on what they should and on nothing else, and their files say what was drawn."""
 
+import copy
 import os
 import zipfile
 
@@ -11,6 +12,7 @@ from PIL import Image
 from guided_diffusion import sample_util
 from guided_diffusion.datasets import Case
 from guided_diffusion.sample_util import EnsembleSampler, MemberNoise, is_complete, to_masks, write_case
+from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 
 SIZE = 16
@@ -40,7 +42,9 @@ def cases():
             for i in range(4)]
 
 
-def draw(model, diffusion, cases, n=3, **options):
+def draw(model, diffusion, cases, n=3, dtype=None, **options):
+    if dtype:
+        model = copy.deepcopy(model).convert_for_sampling(dtype)
     sampler = EnsembleSampler(model, diffusion, **options)
     return {case.name: samples for case, samples in sampler.ensembles(cases, n)}
 
@@ -90,7 +94,8 @@ def test_a_case_is_yielded_before_later_ones_are_read(model, diffusion, cases):
     assert next(ensembles)[0].name == "case 0" and read == ["case 0"]
 
 
-@pytest.mark.parametrize("options", [{}, {"use_ddim": True}, {"use_ddim": True, "ddim_eta": 0.7},
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddim"}, {"sampler": "ddim", "ddim_eta": 0.7},
+                                     {"sampler": "dpm++"}, {"sampler": "dpm++sde"}, {"sampler": "heun"},
                                      {"clip_denoised": False}])
 def test_batch_size_does_not_change_the_ensembles(model, diffusion, cases, options):
     expected = draw(model, diffusion, cases[:3], batch_size=1, **options)
@@ -111,6 +116,14 @@ def test_other_cases_their_order_and_padding_do_not_change_a_bit(model, diffusio
         assert np.array_equal(together[case.name], backwards[case.name])
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_company_and_padding_do_not_change_a_bit_of_any_sampler(model, diffusion, cases, sampler):
+    together = draw(model, diffusion, cases[:3], n=2, batch_size=4, sampler=sampler)
+    for case in cases[:3]:
+        alone = draw(model, diffusion, [case], n=2, batch_size=4, sampler=sampler)
+        assert np.array_equal(together[case.name], alone[case.name])
+
+
 def test_smaller_ensemble_is_the_beginning_of_a_larger_one(model, diffusion, cases):
     small = draw(model, diffusion, cases[:2], n=2, batch_size=4)
     large = draw(model, diffusion, cases[:2], n=5, batch_size=4)
@@ -124,7 +137,7 @@ def test_seed_scan_and_walk_do_change_the_ensembles(model, diffusion, cases):
     assert np.array_equal(draw(model, diffusion, [case])[case.name], expected)
     other_scan = case._replace(image=cases[1].image)
     for got in (draw(model, diffusion, [case], seed=1), draw(model, diffusion, [other_scan]),
-                draw(model, diffusion, [case], use_ddim=True), draw(model, diffusion, [case], clip_denoised=False)):
+                draw(model, diffusion, [case], sampler="ddim"), draw(model, diffusion, [case], clip_denoised=False)):
         assert not np.allclose(got[case.name], expected, atol=1e-3)
 
 
@@ -136,9 +149,115 @@ def test_every_network_call_is_reported_and_of_full_batches(model, diffusion, ca
     assert sizes == [4] * 9 and len(steps) == 9  # 9 masks in 3 batches of 3 steps
 
 
+def counted(model, function):
+    """The size of the batch of every network call that a function makes."""
+    sizes = []
+    hook = model.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    try:
+        function()
+    finally:
+        hook.remove()
+    return sizes
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_calls_are_those_that_a_mask_takes(model, diffusion, cases, sampler):
+    drawn, steps = EnsembleSampler(model, diffusion, batch_size=2, sampler=sampler), []
+    sizes = counted(model, lambda: list(drawn.ensembles(cases[:2], 1, lambda: steps.append(1))))
+    assert sizes == [2] * drawn.calls and drawn.calls == (5 if sampler == "heun" else 3)
+    assert len(steps) == 3  # of the process, whatever the calls of each
+
+
+def test_every_sampler_draws_something_of_its_own(model, diffusion, cases):
+    drawn = [draw(model, diffusion, cases[:1], n=1, clip_denoised=False, sampler=sampler)["case 0"]
+             for sampler in SAMPLERS]
+    for i, samples in enumerate(drawn):
+        assert np.isfinite(samples).all()
+        assert not any(np.allclose(samples, other, atol=1e-4) for other in drawn[:i])
+
+
+def test_samplers_without_noise_follow_from_the_first_noise_alone(model, diffusion, cases, monkeypatch):
+    """And the others do not: that is all they differ in from one member to the next."""
+    one = MemberNoise(0, [("case 0", 0)])(torch.empty(1, 1, SIZE, SIZE))
+    for sampler in SAMPLERS:
+        results = []
+        for seed in (1, 2):
+            calls = []
+
+            def noise(self, like, calls=calls, seed=seed):
+                calls.append(1)
+                generator = torch.Generator().manual_seed(seed)
+                return one.clone() if len(calls) == 1 else torch.randn(like.shape, generator=generator)
+
+            monkeypatch.setattr(MemberNoise, "__call__", noise)
+            results.append(draw(model, diffusion, cases[:1], n=1, sampler=sampler)["case 0"])
+        assert np.array_equal(*results) == (sampler in ("ddim", "dpm++", "heun"))
+
+
+def test_eta_is_for_ddim_only(model, diffusion, cases):
+    for sampler in SAMPLERS:
+        plain, noisy = (draw(model, diffusion, cases[:1], n=1, sampler=sampler, ddim_eta=eta)["case 0"]
+                        for eta in (0.0, 0.9))
+        assert np.array_equal(plain, noisy) == (sampler != "ddim")
+
+
+def test_unknown_sampler_is_an_error(model, diffusion):
+    with pytest.raises(KeyError, match="best"):
+        EnsembleSampler(model, diffusion, sampler="best")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_call_is_timed_on_full_batches_and_leaves_no_trace(model, diffusion, cases, dtype):
+    model = copy.deepcopy(model).convert_for_sampling(dtype)
+    sampler = EnsembleSampler(model, diffusion, batch_size=3, sampler="dpm++sde")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn = [samples for _, samples in sampler.ensembles(cases[:1], 1)]
+    image, state, numpy_state = cases[0].image.copy(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    seconds = []
+    sizes = counted(model, lambda: seconds.append(sampler.seconds_a_call(cases[0].image)))
+    assert sizes == [3, 3] and isinstance(seconds[0], float) and 0 < seconds[0] < 60
+    assert np.array_equal(cases[0].image, image)
+    assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert np.array_equal([samples for _, samples in sampler.ensembles(cases[:1], 1)], drawn)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_timed_call_is_one_like_those_that_draw(model, diffusion, cases, dtype):
+    """On other timesteps, x and scans perhaps, but in the same precision and without a graph."""
+    model = copy.deepcopy(model).convert_for_sampling(dtype)
+    sampler, seen = EnsembleSampler(model, diffusion, batch_size=2), []
+
+    def look(module, args, kwargs, output):
+        arguments = (*args, *kwargs.values())
+        seen.append([(value.shape, value.dtype, value.requires_grad) for value in (*arguments, output)])
+
+    inner = model.out.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    hook = model.register_forward_hook(look, with_kwargs=True)
+    try:
+        sampler.seconds_a_call(cases[0].image)
+        list(sampler.ensembles(cases[:1], 2))
+    finally:
+        hook.remove()
+        inner.remove()
+    assert len(seen) == 2 * (2 + 3) and seen == seen[:2] * 5
+
+
+def test_time_of_a_call_leaves_out_the_first(model, diffusion, cases, monkeypatch):
+    """Which also chooses algorithms: here it takes 10 seconds, and the second call 2."""
+    clock, takes = [0.0], iter([10, 2])
+    hook = model.register_forward_hook(lambda module, args, output: clock.append(clock[-1] + next(takes)))
+    monkeypatch.setattr(sample_util.time, "perf_counter", lambda: clock[-1])
+    try:
+        assert EnsembleSampler(model, diffusion).seconds_a_call(cases[0].image) == 2
+    finally:
+        hook.remove()
+
+
 def test_bfloat16_draws_nearly_the_same(model, diffusion, cases):
-    expected = draw(model, diffusion, cases[:1], use_ddim=True)["case 0"]
-    got = draw(model, diffusion, cases[:1], use_ddim=True, dtype=torch.bfloat16)["case 0"]
+    expected = draw(model, diffusion, cases[:1], sampler="ddim")["case 0"]
+    got = draw(model, diffusion, cases[:1], sampler="ddim", dtype=torch.bfloat16)["case 0"]
     assert got.dtype == np.float32 and 0 < np.abs(got - expected).mean() < 0.05
 
 
@@ -283,13 +402,13 @@ def test_other_arrays_do_not_count_as_samples(written):
 
 def test_fingerprint_changes_with_the_scan_and_every_setting(cases):
     case = cases[0]
-    settings = {"seed": 0, "image_size": 16, "model": "0" * 64, "use_ddim": False}
+    settings = {"seed": 0, "image_size": 16, "model": "0" * 64, "sampler": "ancestral"}
     fingerprint = sample_util.fingerprint(case, **settings)
     assert sample_util.fingerprint(case, **dict(reversed(settings.items()))) == fingerprint
     assert sample_util.fingerprint(case._replace(masks=case.masks[:0]), **settings) == fingerprint
     brighter = case.image.copy()
     brighter[0, 3, 3] += 1 / 255
     others = [sample_util.fingerprint(case._replace(image=brighter), **settings)]
-    for name, value in (("seed", 1), ("image_size", 32), ("model", "1" * 64), ("use_ddim", True), ("new", 1)):
+    for name, value in (("seed", 1), ("image_size", 32), ("model", "1" * 64), ("sampler", "ddim"), ("new", 1)):
         others.append(sample_util.fingerprint(case, **{**settings, name: value}))
     assert len({fingerprint, *others}) == 1 + len(others)

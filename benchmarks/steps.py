@@ -1,0 +1,128 @@
+"""Scores against network calls a mask, for every sampler: how few calls lose nothing?
+
+    python benchmarks/steps.py --model_path results/cpu-32/emasavedmodel_0.999_010000.pt --data_dir LIDC/val --fit crop
+
+GED and HM-IoU against the raters; on phantoms, which come with their true distribution, excess GED as well (see
+phantom.py). All settings draw for the same cases. Rows are kept in --output_dir as they come (steps.json), so a run
+that was stopped goes on; at the end table.md and steps.png are written.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from common import load_sampler
+from guided_diffusion import checkpoint, metrics, phantoms
+from guided_diffusion.cli import run_script as run_main
+from guided_diffusion.datasets import FITS, SegmentationCases
+from guided_diffusion.evaluation import cell, markdown
+from guided_diffusion.respace import SPACINGS
+from guided_diffusion.sample_util import to_masks
+from guided_diffusion.samplers import SAMPLERS
+
+
+def main():
+    args = parse_args()
+    folder = Path(args.output_dir)
+    checkpoint.make_folder(folder, "--output_dir")
+    stored = folder / "steps.json"
+    rows = json.loads(stored.read_text()) if stored.exists() else {}
+    flags = checkpoint.load_flags(checkpoint.folder_of(args.model_path))
+    cases = SegmentationCases(args.data_dir, flags["image_size"], flags["image_channels"], args.fit, progress=True)
+    for sampler in args.samplers.split(","):
+        for spacing in args.spacings.split(","):
+            for calls in map(int, args.calls.split(",")):
+                steps = (calls + 1) // 2 if sampler == "heun" else calls
+                name = f"{sampler} {spacing}{steps}"
+                count = args.num_cases if calls < 100 else min(args.num_cases, args.long_cases)
+                if name not in rows:
+                    rows[name] = {"sampler": sampler, "spacing": spacing, "calls": SAMPLERS[sampler][1](steps),
+                                  **score(args, cases, count, sampler, f"{spacing}{steps}", name)}
+                    checkpoint.write_bytes(stored, json.dumps(rows, indent=1).encode())
+                    print(name, {k: cell(v) for k, v in rows[name].items() if isinstance(v, dict)}, flush=True)
+    report(args, folder, rows)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="checkpoint with flags.json beside it")
+    parser.add_argument("--data_dir", required=True, help="cases to score on")
+    parser.add_argument("--fit", choices=FITS, default="error", help="as for segmentation_sample.py")
+    parser.add_argument("--num_cases", type=int, default=100,
+                        help="cases, spread evenly over the sorted names (default %(default)s)")
+    parser.add_argument("--long_cases", type=int, default=32,
+                        help="of which settings of 100 calls or more use the first ones (default %(default)s)")
+    parser.add_argument("--num_ensemble", type=int, default=16, help="masks a case (default %(default)s)")
+    parser.add_argument("--samplers", default=",".join(SAMPLERS), help="default %(default)s")
+    parser.add_argument("--spacings", default="uniform", help=f"of {','.join(SPACINGS)} (default %(default)s)")
+    parser.add_argument("--calls", default="1,2,4,5,10,20,50,100,250,1000",
+                        help="network calls a mask (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="masks drawn at once (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--output_dir", default="results/steps", help="default %(default)s")
+    return parser.parse_args()
+
+
+def score(args, cases, count, sampler, respacing, name):
+    chosen = [i * len(cases) // args.num_cases for i in range(args.num_cases)]
+    chosen = [chosen[i * args.num_cases // count] for i in range(count)]
+    drawn = load_sampler(args.model_path, respacing, args.seed, args.batch_size, sampler=sampler)
+    values = {}
+    bar = tqdm(drawn.ensembles((cases[i] for i in chosen), args.num_ensemble), name, count, unit=" cases", leave=False)
+    patients = []
+    for i, (case, samples) in zip(chosen, bar):
+        masks = to_masks(samples)
+        agreement = metrics.Agreement(masks, case.masks)
+        scores = {"GED": agreement.ged().item(), "HM_IoU": agreement.hm_iou().item()}
+        folder = cases.cases[i].folder
+        if (folder / "truth.npz").exists():
+            outlines, probabilities = phantoms.load_truth(folder)
+            edge = (outlines.shape[1] - masks.shape[1]) // 2  # the crop holds every outline
+            outlines = outlines[:, edge:outlines.shape[1] - edge, edge:outlines.shape[2] - edge]
+            scores["excess_GED"] = metrics.truth_scores(masks, outlines, probabilities)["excess_GED"]
+        for key, value in scores.items():
+            values.setdefault(key, []).append(value)
+        patients.append(metrics.patient_of(case.name))
+    intervals = metrics.bootstrap_interval(np.array(list(values.values())).T, patients)
+    return {"cases": count, **{key: {"mean": float(m), "low": float(lo), "high": float(hi)}
+                               for key, m, lo, hi in zip(values, *intervals)}}
+
+
+def report(args, folder, rows):
+    keys = [key for key in ("GED", "HM_IoU", "excess_GED") if key in next(iter(rows.values()))]
+    table = [["sampler", "timesteps", "network calls a mask", "cases",
+              *(f"{key}_{args.num_ensemble}" if key != "excess_GED" else "excess GED" for key in keys)]]
+    table += [[row["sampler"], row["spacing"], str(row["calls"]), str(row["cases"]), *(cell(row[key]) for key in keys)]
+              for row in rows.values()]
+    for name, data in (("table.md", (markdown(table) + "\n").encode()), ("steps.png", draw(rows, keys))):
+        checkpoint.write_bytes(folder / name, data)
+    print(f"{markdown(table)}\n\nwritten to {folder}: steps.json, table.md, steps.png")
+
+
+def draw(rows, keys):
+    from matplotlib.figure import Figure
+
+    from guided_diffusion.plots import png
+
+    figure = Figure(figsize=(6 * len(keys), 4.5), layout="constrained")
+    colours = dict(zip(SAMPLERS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")))
+    for axes, key in zip(figure.subplots(1, len(keys)), keys):
+        for sampler, colour in colours.items():
+            for spacing, line in zip(SPACINGS, ("-", "--", ":", "-.")):
+                chosen = sorted((row["calls"], row[key]["mean"], row[key]["low"], row[key]["high"])
+                                for row in rows.values() if (row["sampler"], row["spacing"]) == (sampler, spacing))
+                if chosen:
+                    calls, mean, low, high = np.array(chosen).T
+                    axes.plot(calls, mean, "o" + line, color=colour, markersize=4, label=f"{sampler}, {spacing}")
+                    axes.fill_between(calls, low, high, color=colour, alpha=0.08)
+        axes.set(xscale="log", xlabel="network calls a mask", ylabel=key)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    return png(figure)
+
+
+if __name__ == "__main__":
+    run_main(main)
