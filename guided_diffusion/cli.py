@@ -85,7 +85,8 @@ def parse_flags(job, description, argv=None):
 def _check_ranges(job, args, given):
     values = vars(args)
     for flag in FLAGS:
-        if flag.group in JOBS[job] and flag.least is not None and not values[flag.name] >= flag.least:
+        value = values[flag.name] if flag.group in JOBS[job] else "auto"
+        if flag.least is not None and value != "auto" and not value >= flag.least:
             raise InputError(f"--{flag.name} {values[flag.name]}: must be at least {flag.least}")
     if values.get("median_blur") and values["median_blur"] % 2 == 0:
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")

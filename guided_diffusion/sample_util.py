@@ -1,7 +1,10 @@
 """Drawing ensembles of masks for many cases in full batches, and writing them."""
 
+import collections
+import concurrent.futures
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -12,6 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from . import checkpoint, montage, samplers
+from .errors import InputError
 
 THRESHOLD = 0.5  # the middle of the mask scaling
 
@@ -42,6 +46,7 @@ class EnsembleSampler:
         computes in the dtype of its weights, see UNetModel.convert_for_sampling.
     :param batch_size: rows of every network call. A batch that is not full is padded to it, since a network's
         rounding depends on the shape of its batch: so a member is the same to the last bit whatever it is drawn with.
+        A batch that does not fit into the device's memory is halved, and so are all that follow.
     :param sampler: one of samplers.SAMPLERS; ddim_eta is for "ddim".
     """
 
@@ -70,6 +75,22 @@ class EnsembleSampler:
             self.diffusion.run_model(self.model, x, t, {"image": images})[0].cpu()
         return time.perf_counter() - start
 
+    def fit_batch_size(self, image):
+        """Halve batch_size until a network call on scans like this one, [C, H, W], fits into the device's memory."""
+        while True:
+            try:
+                self.seconds_a_call(image)
+                return
+            except torch.OutOfMemoryError:
+                self._halve_batch_size()
+
+    def _halve_batch_size(self):
+        if self.batch_size == 1:
+            raise InputError("the device's memory does not hold one network call; try --use_bf16 True") from None
+        self.batch_size //= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def draw(self, images, members, on_step=lambda: None):
         """x_0 of one batch, [N, H, W] float32 on the CPU; foreground is above 0.5.
 
@@ -95,26 +116,48 @@ class EnsembleSampler:
                 for i in range(num_ensemble):
                     yield waiting[-1], i
 
-        for batch in _batched(jobs(), self.batch_size):
+        jobs = jobs()
+        batch = list(itertools.islice(jobs, self.batch_size))
+        while batch:
             rows = batch + [batch[-1]] * (self.batch_size - len(batch))
             images = torch.from_numpy(np.stack([case.image for (case, _), _ in rows]))
-            x = self.draw(images, [(case.name, i) for (case, _), i in rows], on_step).numpy()
+            try:
+                x = self.draw(images, [(case.name, i) for (case, _), i in rows], on_step).numpy()
+            except torch.OutOfMemoryError:
+                self._halve_batch_size()
+                jobs = itertools.chain(batch, jobs)
+                x = ()
             for ((_, samples), _), row in zip(batch, x):
                 samples.append(row)
             while waiting and len(waiting[0][1]) == num_ensemble:
                 case, samples = waiting.pop(0)
                 yield case, np.stack(samples)
+            batch = list(itertools.islice(jobs, self.batch_size))
 
 
-def _batched(items, size):
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+class BackgroundWriter:
+    """Runs functions one after another on a thread, so that files are written while the next batch is drawn.
+
+    Leaving its `with` waits for all; an error of one is raised at the next call, or then.
+    """
+
+    def __init__(self, most_waiting=8):
+        self.most_waiting, self.waiting = most_waiting, collections.deque()
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def __call__(self, function, *args):
+        self.waiting.append(self.pool.submit(function, *args))
+        while self.waiting and (self.waiting[0].done() or len(self.waiting) > self.most_waiting):
+            self.waiting.popleft().result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.pool.shutdown()
+        if exception[0] is None:
+            while self.waiting:
+                self.waiting.popleft().result()
 
 
 def to_masks(samples, median_blur=0):

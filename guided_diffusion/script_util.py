@@ -25,6 +25,10 @@ class Flag(NamedTuple):
     least: Any = None  # the smallest value allowed
 
 
+def number_or_auto(text):
+    return text if text == "auto" else int(text)
+
+
 FLAGS = [
     Flag("image_size", int, 64, "side of images and masks in pixels; the U-Net halves it once a level", "model"),
     Flag("image_channels", int, 4, "channels of the scan; a single-channel image is repeated (published: 4)",
@@ -92,7 +96,8 @@ FLAGS = [
          ' results folder)', "sampling"),
     Flag("num_ensemble", int, 5, "masks to draw for each case", "sampling", least=1),
     Flag("num_samples", int, 0, "sample the first so many cases (0: all)", "sampling", least=0),
-    Flag("batch_size", int, 1, "masks drawn at once, across cases and members", "sampling", least=1),
+    Flag("batch_size", number_or_auto, 1, "masks drawn at once, across cases and members (auto: as many as pay and"
+         " fit)", "sampling", least=1),
     Flag("clip_denoised", bool, True, "clip the predicted mask to its range at every step", "sampling"),
     Flag("sampler", (*SAMPLERS, "best"), "ancestral", "how to walk from noise to a mask: ancestral, as published; ddim;"
          " dpm++ and heun, of second order; dpm++sde, dpm++ with noise; best, the fewest calls that lose nothing",

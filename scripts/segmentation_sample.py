@@ -27,6 +27,8 @@ from guided_diffusion.script_util import (
     BEST, apply_stored_flags, autocast_dtype, create_model_and_diffusion, defaults, pick,
 )
 
+LARGEST_BATCH = {"cpu": 16, "cuda": 256}  # where --batch_size auto begins; more is no faster
+
 
 def main():
     args, given = parse_flags("sampling", __doc__)
@@ -59,7 +61,8 @@ def main():
     todo = sum(dist_util.all_gather_objects(len(fingerprints)))
 
     # no batch is larger than all there is to draw, whatever is already done and however many processes share it
-    batch_size = min(args.batch_size, len(cases) * args.num_ensemble)
+    auto = args.batch_size == "auto"
+    batch_size = min(LARGEST_BATCH[dist_util.dev().type] if auto else args.batch_size, len(cases) * args.num_ensemble)
     model.to(dist_util.dev()).eval().convert_for_sampling(dtype)
     sampler = sample_util.EnsembleSampler(model, diffusion, batch_size=batch_size, seed=args.seed, sampler=args.sampler,
                                           ddim_eta=args.ddim_eta, clip_denoised=args.clip_denoised)
@@ -68,6 +71,10 @@ def main():
     logger.log(f"{len(cases)} cases from {args.data_dir}, {len(cases) - todo} of them already complete in {folder};"
                f" {args.num_ensemble} masks each, {sampler.calls} network calls a mask,"
                f" {world_size} process(es) on {dist_util.dev()}")
+    if auto:
+        sampler.fit_batch_size(cases[0].image)
+        batch_size = sampler.batch_size
+        logger.log(f"--batch_size auto: {batch_size}")
     batches = -(-len(fingerprints) * args.num_ensemble // batch_size)
     best = SAMPLERS[BEST["sampler"]][1](BEST["sampling_steps"])
     if sampler.calls > 4 * best and todo:
@@ -76,14 +83,15 @@ def main():
                    f" calls a mask rather than {sampler.calls}")
     monitor = Monitor(args.visdom_port if rank == 0 else 0, env=os.path.basename(os.path.abspath(folder)))
     start = time.perf_counter()
-    with tqdm(total=batches * diffusion.num_timesteps, desc="sampling", unit=" steps", dynamic_ncols=True,
-              disable=None if rank == 0 else True) as bar:
+    with sample_util.BackgroundWriter() as write, \
+            tqdm(total=batches * diffusion.num_timesteps, desc="sampling", unit=" steps", dynamic_ncols=True,
+                 disable=None if rank == 0 else True) as bar:
         ensembles = sampler.ensembles((cases[i] for i in fingerprints), args.num_ensemble, bar.update)
         for i, (case, samples) in zip(fingerprints, ensembles):
             if evaluation:
                 evaluation.add(*case, sample_util.to_masks(samples, args.median_blur))
             else:
-                sample_util.write_case(folder, case, samples, args.median_blur, fingerprints[i])
+                write(sample_util.write_case, folder, case, samples, args.median_blur, fingerprints[i])
             monitor.pictures("scan", torch.from_numpy(case.image[None, :1]), case.name)
             monitor.pictures("ensemble", torch.from_numpy(samples[:8, None]), case.name)
     monitor.close()

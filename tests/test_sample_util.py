@@ -2,11 +2,13 @@
 
 import copy
 import os
+import threading
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from helpers import refusal
 from PIL import Image
 
 from guided_diffusion import sample_util
@@ -412,3 +414,62 @@ def test_fingerprint_changes_with_the_scan_and_every_setting(cases):
     for name, value in (("seed", 1), ("image_size", 32), ("model", "1" * 64), ("sampler", "ddim"), ("new", 1)):
         others.append(sample_util.fingerprint(case, **{**settings, name: value}))
     assert len({fingerprint, *others}) == 1 + len(others)
+
+
+# ---- memory and threads ----
+
+class SmallMemory(torch.nn.Module):
+    """A model that runs out of memory on more than `most` rows."""
+
+    def __init__(self, model, most):
+        super().__init__()
+        self.model, self.most, self.sizes = model, most, []
+
+    def forward(self, x, *args, **kwargs):
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError
+        return self.model(x, *args, **kwargs)
+
+
+def test_a_batch_too_large_for_the_memory_is_halved_and_nobody_is_lost(model, diffusion, cases):
+    expected = draw(model, diffusion, cases[:3], batch_size=2, sampler="ddim")
+    small = SmallMemory(model, 2)
+    sampler = EnsembleSampler(small, diffusion, batch_size=8, sampler="ddim")
+    got = {case.name: samples for case, samples in sampler.ensembles(cases[:3], 3)}
+    assert list(got) == list(expected) and sampler.batch_size == 2
+    assert all(np.array_equal(got[name], expected[name]) for name in expected)
+    assert small.sizes[:2] == [8, 4] and set(small.sizes[2:]) == {2}
+
+
+def test_automatic_batch_size_is_what_fits_and_one_row_that_does_not_is_an_error(model, diffusion, cases):
+    sampler = EnsembleSampler(SmallMemory(model, 3), diffusion, batch_size=16)
+    sampler.fit_batch_size(cases[0].image)
+    assert sampler.batch_size == 2
+    nothing_fits = EnsembleSampler(SmallMemory(model, 0), diffusion, batch_size=4)
+    assert "memory" in refusal(nothing_fits.fit_batch_size, cases[0].image)
+    assert "memory" in refusal(lambda: list(nothing_fits.ensembles(cases[:1], 2)))
+
+
+def test_writer_runs_everything_in_order_beside_the_caller():
+    done, gate = [], threading.Event()
+    with sample_util.BackgroundWriter(most_waiting=5) as write:
+        write(gate.wait)
+        for i in range(3):
+            write(done.append, i)
+        assert done == []  # the caller went on while the first one waited
+        gate.set()
+        for i in range(3, 50):
+            write(done.append, i)
+    assert done == list(range(50))
+
+
+def test_an_error_of_the_writer_reaches_the_caller():
+    def fail():
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"), sample_util.BackgroundWriter() as write:
+        write(fail)
+    with pytest.raises(OSError, match="disk full"), sample_util.BackgroundWriter(most_waiting=1) as write:
+        for _ in range(10):
+            write(fail)

@@ -446,3 +446,20 @@ def test_results_folder_at_or_below_a_file_is_refused_by_both_scripts(train, sam
     for script in (train, sample):
         refused(script(path), f"--results_dir {path}", "another folder")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_batch_size_auto_takes_as_many_masks_as_there_are(run, trained, make_cases, tmp_path):
+    make_cases(tmp_path / "d")
+    result = run("segmentation_sample.py", "--data_dir", "d", "--model_path", trained / "savedmodel.pt", "--batch_size",
+                 "auto", "--num_ensemble", 3, "--sampler", "best", "--sampling_steps", 2)
+    assert result.code == 0 and "--batch_size auto: 6" in result.out, result.err
+    assert len(list(tmp_path.glob("results/*_output?.png"))) == 6
+
+
+def test_a_long_run_says_beforehand_how_long_and_what_is_faster(run, trained, make_cases, tmp_path, monkeypatch):
+    make_cases(tmp_path / "d")
+    flags = ["--data_dir", "d", "--model_path", trained / "savedmodel.pt", "--num_ensemble", 1, "--batch_size", 2]
+    monkeypatch.setitem(script_util.BEST, "sampling_steps", 2)
+    result = run("segmentation_sample.py", *flags, "--results_dir", "long")
+    assert result.code == 0 and "this will take about 0:00:0" in result.out and "--sampler best takes 2" in result.out
+    assert "this will take" not in run("segmentation_sample.py", *flags, "--sampler", "best", "--results_dir", "r").out
