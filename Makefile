@@ -22,7 +22,7 @@ demo: .venv/installed
 	mkdir -p $(DEMO)/training/example && cp -r data/training/. $(DEMO)/training/example
 	$(BIN)/python scripts/segmentation_train.py --data_dir $(DEMO)/training --results_dir $(DEMO) $(DEMO_FLAGS)
 	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path $(DEMO)/emasavedmodel_0.99_001200.pt \
-	  --results_dir $(DEMO) --fit crop --num_ensemble 16 --batch_size 16 --timestep_respacing 10 --use_bf16 $(BF16)
+	  --results_dir $(DEMO) --fit crop --num_ensemble 16 --batch_size auto --sampler best --use_bf16 $(BF16)
 	$(BIN)/python scripts/segmentation_evaluate.py --data_dir data/testing --samples_dir $(DEMO) --fit crop
 
 test: .venv/installed

@@ -5,13 +5,14 @@ import torch
 
 from . import checkpoint, script_util
 from .sample_util import EnsembleSampler, to_masks
+from .script_util import BEST
 
 
 class Segmenter:
     """A trained model, ready to outline scans.
 
         segmenter = Segmenter.load("results/savedmodel.pt")
-        masks = segmenter.sample(image, num_ensemble=16, steps=50)  # [16, H, W] bool
+        masks = segmenter.sample(image, num_ensemble=16)  # [16, H, W] bool
         probability = masks.mean(0)
     """
 
@@ -34,24 +35,25 @@ class Segmenter:
         checkpoint.load_model(model, path, "checkpoint")
         return cls(model, flags, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
-    def sample(self, image, num_ensemble=16, steps=None, seed=0, batch_size=None):
+    def sample(self, image, num_ensemble=16, steps=None, seed=0, batch_size=None, name=""):
         """Draw an ensemble of masks for one scan, [num_ensemble, H, W] bool.
 
         :param image: [H, W], or [C, H, W] with the model's number of channels; uint8 or uint16 spanning their range,
             or floats in [0, 1]. H = W = the model's image_size.
-        :param steps: network calls a mask (default: the model's own, usually 1000).
+        :param steps: network calls a mask, of the sampler that script_util.BEST names (default: as many as it says).
         :param seed: the same seed gives the same masks.
+        :param name: of the case; its masks are then those that segmentation_sample.py draws for it.
         :param batch_size: masks drawn at once (default: all).
         """
         image = self._prepare(image)
-        respacing = self.flags["timestep_respacing"] if steps is None else str(steps)
+        respacing = f"{BEST['timestep_spacing']}{steps or BEST['sampling_steps']}"
         diffusion_flags = {name: self.flags[name] for name in script_util.defaults("diffusion")}
         diffusion = script_util.create_gaussian_diffusion(**{**diffusion_flags, "timestep_respacing": respacing})
-        sampler = EnsembleSampler(self.model, diffusion, seed=seed)
+        sampler = EnsembleSampler(self.model, diffusion, seed=seed, sampler=BEST["sampler"])
         batch_size = batch_size or num_ensemble
         parts = []
         for start in range(0, num_ensemble, batch_size):
-            members = [("", i) for i in range(start, min(start + batch_size, num_ensemble))]
+            members = [(name, i) for i in range(start, min(start + batch_size, num_ensemble))]
             parts.append(sampler.draw(image.expand(len(members), -1, -1, -1), members))
         return to_masks(torch.cat(parts).numpy())
 

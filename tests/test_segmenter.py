@@ -5,9 +5,11 @@ import shutil
 import numpy as np
 import pytest
 from helpers import MODEL
+from PIL import Image
 
 from guided_diffusion import Segmenter
 from guided_diffusion.errors import InputError
+from guided_diffusion.script_util import BEST
 
 
 def test_segmenter_gives_the_same_masks_for_integers_and_floats_every_time(trained):
@@ -25,13 +27,25 @@ def test_segmenter_gives_the_same_masks_for_integers_and_floats_every_time(train
     assert np.array_equal(segmenter.sample(image, num_ensemble=2, steps=4), masks[:2])
 
 
-def test_segmenter_uses_all_steps_of_the_model_by_default(trained):
+def test_segmenter_uses_the_best_sampler_and_its_steps_by_default(trained):
     segmenter, calls = Segmenter.load(trained / "savedmodel.pt", device="cpu"), []
     segmenter.model.register_forward_hook(lambda *args: calls.append(1))
     segmenter.sample(np.zeros((16, 16)), num_ensemble=1)
-    assert len(calls) == 30
+    assert len(calls) == BEST["sampling_steps"]
     segmenter.sample(np.zeros((16, 16)), num_ensemble=1, steps=5)
-    assert len(calls) == 35
+    assert len(calls) == BEST["sampling_steps"] + 5
+
+
+def test_segmenter_draws_what_the_sampling_script_draws(trained, run, make_cases, tmp_path):
+    case = make_cases(tmp_path / "d", count=1) / "case0"
+    result = run("segmentation_sample.py", "--data_dir", "d", "--model_path", trained / "savedmodel.pt",
+                 "--sampler", "best", "--num_ensemble", 2, "--batch_size", 2)
+    assert result.code == 0, result.err
+    image = np.asarray(Image.open(case / "image_0.png"))
+    segmenter = Segmenter.load(trained / "savedmodel.pt", device="cpu")
+    masks = segmenter.sample(image, 2, name="case0")
+    for i, mask in enumerate(masks):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "results" / f"case0_output{i}.png")) > 127, mask)
 
 
 @pytest.mark.parametrize("image, words", [
