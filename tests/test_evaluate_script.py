@@ -13,7 +13,7 @@ from PIL import Image
 from guided_diffusion import metrics, plots
 from guided_diffusion.datasets import SegmentationCases, find_cases
 from guided_diffusion.errors import InputError
-from guided_diffusion.evaluation import EnsembleFolder, read_scored_case
+from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "segmentation_evaluate.py"
 FILES = ["best.png", "scores.csv", "scores.json", "scores.png", "worst.png"]
