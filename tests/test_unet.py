@@ -493,3 +493,28 @@ def test_bfloat16_autocast_stays_close_to_float32():
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(x, t, image=image)
     assert ((rough.float() - exact).norm() / exact.norm()).item() < 0.03
+
+
+# ---- sampling in 16 bits ----
+
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_converted_network_agrees_and_keeps_what_must_stay_exact(scale_shift):
+    model = small_model(use_scale_shift_norm=scale_shift)
+    x, t, image = inputs()
+    with torch.no_grad():
+        plain = model(x, t, image=image)
+        same = model.convert_for_sampling()(x, t, image=image)
+        half = model.convert_for_sampling(torch.bfloat16)(x, t, image=image)
+    np.testing.assert_allclose(same, plain, atol=1e-4 * plain.abs().max())
+    assert half.dtype == torch.float32 and 0 < (half - plain).abs().mean() < 0.02 * plain.abs().mean()
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    norms = {f"{name}.{kind}" for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)
+             for kind in ("weight", "bias")}
+    assert wide == norms | {name for name, _ in model.named_parameters() if name.startswith(("time_embed", "out."))}
+
+
+def test_networks_of_large_maps_are_converted_to_channels_last():
+    for size, last in ((32, False), (64, True)):
+        model = small_model(image_size=size, attention_resolutions=str(size // 2)).convert_for_sampling()
+        weight = model.middle_block[0].in_layers[2].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == last
