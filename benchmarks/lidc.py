@@ -4,7 +4,7 @@
 
 The folders are in the layout that segmentation_train.py reads. Everything goes to --results_dir: the checkpoints, the
 log, the scores (scores.csv, scores.json, scores.png, best.png, worst.png) and the row (table.md). Run again, it trains
-no further and scores anew, so other --sampling_steps need no other training.
+no further and scores anew, so another --sampler needs no other training.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from guided_diffusion.cli import run_script as run_main
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.evaluation import BACKGROUND, RATERS, Evaluation, cell, markdown
 from guided_diffusion.sample_util import to_masks
+from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.script_util import BEST
 from presets import PRESETS
 
 SCORES = ("GED", "HM_IoU", "D_max", "S_c", "D_a", "CI", "soft_Dice", "ECE")
@@ -33,7 +35,7 @@ def main():
     head = ["", *(f"{name}_{args.num_ensemble}" if name in ("GED", "HM_IoU") else name for name in SCORES), *cost]
     nothing = {name: "" for name in cost}
     rows = [head]
-    for who, scores, costs in ((f"{args.preset}, {args.sampling_steps} steps", summary["all"], cost),
+    for who, scores, costs in ((f"{args.preset}, {args.sampler} {args.timestep_respacing}", summary["all"], cost),
                                (RATERS, summary["references"][RATERS]["all"], nothing),
                                (BACKGROUND, summary["references"][BACKGROUND]["all"], nothing)):
         rows.append([who, *(cell(scores[name]) for name in SCORES), *costs.values()])
@@ -53,8 +55,9 @@ def parse_args():
     parser.add_argument("--num_cases", type=int, default=300,
                         help="cases to score, spread evenly over the sorted names (0: all; default %(default)s)")
     parser.add_argument("--num_ensemble", type=int, default=16, help="masks a case (default %(default)s)")
-    parser.add_argument("--sampling_steps", default="10", help="network evaluations a mask, as for"
-                        " --timestep_respacing (default %(default)s)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=BEST["sampler"], help="default %(default)s")
+    parser.add_argument("--timestep_respacing", default=f"{BEST['timestep_spacing']}{BEST['sampling_steps']}",
+                        help="which timesteps it visits (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="masks drawn at once (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of training and sampling (default %(default)s)")
     parser.add_argument("--results_dir", help="default: results/<preset>")
@@ -74,15 +77,15 @@ def sample(args):
     """Returns the Evaluation and what it cost, a dict of words."""
     step = checkpoint.steps_in(args.results_dir)[-1]
     rate = args.flags["--ema_rate"].split(",")[0]
-    sampler = load_sampler(checkpoint.join(args.results_dir, checkpoint.ema_name(rate, step)), args.sampling_steps,
-                           args.seed, args.batch_size)
+    sampler = load_sampler(checkpoint.join(args.results_dir, checkpoint.ema_name(rate, step)),
+                           args.timestep_respacing, args.seed, args.batch_size, args.sampler)
     flags = json.loads(checkpoint.read_bytes(checkpoint.join(args.results_dir, checkpoint.FLAGS_FILE)))
     cases = SegmentationCases(args.test_dir, flags["image_size"], flags["image_channels"],
                               args.flags.get("--fit", "error"), progress=True)
     count = min(args.num_cases or len(cases), len(cases))
     chosen = [cases[i * len(cases) // count] for i in range(count)]
     evaluation = Evaluation(device=sampler.device)
-    seconds, calls = 0.0, sampler.diffusion.num_timesteps
+    seconds, calls = 0.0, sampler.calls
     with tqdm(total=count, desc="sampling", unit=" cases") as bar:
         start = time.perf_counter()
         for case, samples in sampler.ensembles(chosen, args.num_ensemble):

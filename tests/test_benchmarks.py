@@ -57,14 +57,14 @@ def test_benchmark_on_real_cases_trains_samples_and_writes_a_row(benchmark, tmp_
     phantoms.write_cases(tmp_path / "train", 3, 1, 64)
     phantoms.write_cases(tmp_path / "test", 5, 2, 64)
     flags = ["--train_dir", "train", "--test_dir", "test", "--preset", "cpu-32", "--results_dir", "r", "--num_cases", 3,
-             "--num_ensemble", 2, "--sampling_steps", 1, "--train_flags",
+             "--num_ensemble", 2, "--timestep_respacing", "trailing1", "--train_flags",
              "--max_steps 2 --num_filters 8 --visdom_port 0"]
     out = benchmark("lidc.py", *flags)
     table = (tmp_path / "r" / "table.md").read_text()
     assert table in out
     head, _, row, raters, background = [line.split("|") for line in table.splitlines() if line.startswith("|")]
     assert [word.strip() for word in head[2:4]] == ["GED_2", "HM_IoU_2"]
-    assert row[1].strip() == "cpu-32, 1 steps" and row[-2].strip() == "16" and row[-4].strip() == "1"
+    assert row[1].strip() == "cpu-32, dpm++sde trailing1" and row[-2].strip() == "16" and row[-4].strip() == "1"
     scored = [line.split(",")[0] for line in (tmp_path / "r" / "scores.csv").read_text().splitlines()[1:]]
     assert scored == ["phantom-000000", "phantom-000001", "phantom-000003"]  # spread over the names
     benchmark("lidc.py", *flags)  # trains no further, and scores the same
