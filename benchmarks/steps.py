@@ -54,14 +54,14 @@ def parse_args():
     parser.add_argument("--fit", choices=FITS, default="error", help="as for segmentation_sample.py")
     parser.add_argument("--num_cases", type=int, default=100,
                         help="cases, spread evenly over the sorted names (default %(default)s)")
-    parser.add_argument("--long_cases", type=int, default=32,
+    parser.add_argument("--long_cases", type=int, default=100,
                         help="of which settings of 100 calls or more use the first ones (default %(default)s)")
     parser.add_argument("--num_ensemble", type=int, default=16, help="masks a case (default %(default)s)")
     parser.add_argument("--samplers", default=",".join(SAMPLERS), help="default %(default)s")
     parser.add_argument("--spacings", default="uniform", help=f"of {','.join(SPACINGS)} (default %(default)s)")
     parser.add_argument("--calls", default="1,2,4,5,10,20,50,100,250,1000",
                         help="network calls a mask (default %(default)s)")
-    parser.add_argument("--reference", default="ancestral uniform250",
+    parser.add_argument("--reference", default="ancestral uniform100",
                         help="row that the others are compared with (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="masks drawn at once (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")

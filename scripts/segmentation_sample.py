@@ -27,7 +27,7 @@ from guided_diffusion.script_util import (
     BEST, apply_stored_flags, autocast_dtype, create_model_and_diffusion, defaults, pick,
 )
 
-LARGEST_BATCH = {"cpu": 16, "cuda": 256}  # where --batch_size auto begins; more is no faster
+LARGEST_BATCH = {"cpu": 16, "cuda": 256}  # where --batch_size auto begins; it is halved until it fits
 
 
 def main():
