@@ -14,16 +14,12 @@ Two predictors that need no model stand beside it: raters drawn with replacement
 that can be measured with so few raters) and the empty mask. README.md says what each score means.
 """
 
-import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-
 from tqdm.auto import tqdm
 
 from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.cli import parse_flags, run_script
 from guided_diffusion.datasets import find_cases
-from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
+from guided_diffusion.ensemble_folder import EnsembleFolder, read_ahead, read_scored_case
 from guided_diffusion.errors import InputError, raise_problems
 from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
 
@@ -65,19 +61,6 @@ def main():
     evaluation.gather()
     if rank == 0:
         print(report(evaluation.write(folder), folder))
-
-
-def read_ahead(read, items):
-    """read(item) for each item, in order, a few ahead of the one in use, on threads of their own."""
-    workers = min(8, os.cpu_count() or 1)
-    waiting = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            waiting.append(pool.submit(read, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 if __name__ == "__main__":
