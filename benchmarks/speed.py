@@ -3,12 +3,13 @@
     python benchmarks/speed.py               # everything, on CUDA if there is one; --parts unet,loader for some of it
 
 ceilings: what the machine can do at most; unet: one pass of the published U-Net, each improvement apart, then together;
-training: one step; ensemble: masks of a phantom, the published way against --sampler best; memory: the peak of sampling
-16 masks at once; loader: examples from memory against decoding their files at every visit. Variants alternate, so that
-other work on the machine weighs on all of them. Times are medians over --rounds; a ratio is the median of the rounds'
-own ratios to the first variant, above 1 if better. unet and training measure the ceilings (products, and 3x3
-convolutions with channels last) in their rounds, too, for their shares. Weights are random. Written to --output_dir:
-speed.md, speed.json (all rounds), speed.png (the ratios).
+profile: which operations the time of a pass goes to; training: one step; ensemble: masks of a phantom, the published
+way against --sampler best; memory: the peak of sampling 16 masks at once; loader: examples as the training loop gets
+them against decoding their files at every visit. Variants alternate, so that other work on the machine weighs on all
+of them. Times are medians over --rounds; a ratio is the median of the rounds' own ratios to the first variant, above 1
+if better. unet and training measure the ceilings (products, and 3x3 convolutions with channels last) in their rounds,
+too, for their shares. Weights are random. Written to --output_dir: speed.md, speed.json (all rounds), speed.png (the
+ratios).
 """
 
 import argparse
@@ -48,7 +49,7 @@ def main():
     args = parse_args()
     torch.set_num_threads(args.threads)
     if args.only_memory:
-        return print(peak_of_sampling(args))
+        return print(json.dumps(peak_of_sampling(args)))
     checkpoint.make_folder(args.output_dir, "--output_dir")
     text, parts = machine(args), {}
     print(text)
@@ -76,7 +77,7 @@ def parse_args():
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA,
                         help="also measure torch.compile, in the unet part (default: on CUDA only)")
     parser.add_argument("--output_dir", default="results/speed", help="default %(default)s")
-    parser.add_argument("--only-memory", choices=DTYPES, help="print the peak of sampling 16 masks in bytes, no more")
+    parser.add_argument("--only-memory", choices=DTYPES, help="print bytes before and at the peak of 16 masks, no more")
     args = parser.parse_args()
     args.parts = args.parts.split(",")
     if not PARTS.keys() >= set(args.parts) or min(n for n in vars(args).values() if type(n) is int) < 1:
@@ -201,19 +202,51 @@ def measure_unet(args):
     change = ((other - expected).abs().max() / expected.abs().max()).item()
     remark = f"Channels last changes the float32 output by at most {change:.1e} of its largest value."
     if args.compile:
-        compiled = variant(torch.compile(half_last), n)
-        try:
-            remark += f" The first call of torch.compile took {timed(compiled[0]):.0f} s."
-            variants[f"{together}, torch.compile"] = compiled
-        except Exception as error:  # almost anything, where there is no compiler or it fails
-            remark += f" torch.compile does not work here: {type(error).__name__}."
+        script_util.compile_network(compiled := copy.deepcopy(package), DEVICE)
+        remark += f" The first pass with --compile took {timed(variant(compiled, n)[0]):.0f} s."
+        variants[f"the package with --compile, batch {n}"] = variant(compiled, n)
     flop, rows = race_ceilings(args, variants, variant(plain)[0])
     return "A pass of the U-Net", rows, f"{flop / 1e9:.3g} GFLOP an image. The package: convert_for_sampling. {remark}"
 
 
+OPERATIONS = {"convolutions": "convolution", "activations": "silu", "normalisation": "norm",
+              "products, attention": "mm|attention|softmax"}
+
+
+@torch.no_grad()
+def measure_profile(args):
+    """Time by kind of operation, of the published pass and of the package's."""
+    n, size = args.batch_size, args.image_size
+    plain = build(args)[0].eval()
+    package = copy.deepcopy(plain).convert_for_sampling(torch.bfloat16)
+    clock = "self_device_time_total" if CUDA else "self_cpu_time_total"
+    columns = {"published: float32, NCHW, batch 1": (plain, 1), f"the package: bf16, batch {n}": (package, n)}
+    spent = {name: {} for name in columns}  # ms an image of each kind of operation, a list over the rounds
+    for turn in range(args.rounds + 1):  # the first warms up
+        for name, (model, count) in columns.items():
+            images, x = (torch.rand(count, channels, size, size, device=DEVICE) for channels in (4, 1))
+            t = torch.full((count,), 500, device=DEVICE)
+            with torch.profiler.profile() as profiler:
+                timed(partial(model, x, t, images))
+            totals = dict.fromkeys(["all", *OPERATIONS, "everything else"], 0.0)
+            for event in profiler.key_averages():
+                kind = next((kind for kind, words in OPERATIONS.items() if re.search(words, event.key)),
+                            "everything else")
+                for key in ("all", kind):
+                    totals[key] += getattr(event, clock) / 1e3 / count
+            for kind, ms in totals.items():
+                spent[name].setdefault(kind, []).extend([ms] if turn else [])
+    rows = []
+    for kind in next(iter(spent.values())):
+        before, after = (own[kind] for own in spent.values())
+        rows.append({"variant": kind, **{f"ms an image, {name}": median(own[kind]) for name, own in spent.items()},
+                     "ratio": ratio(before, after), "rounds": after})
+    return "Where the time of a pass goes", rows, "By torch.profiler, which slows both a little."
+
+
 def measure_training(args):
     n, size, bf16 = args.train_batch_size, args.image_size, torch.bfloat16
-    image, mask = torch.rand(n, 4, size, size), (torch.rand(n, 1, size, size) < 0.5).float()
+    image, mask = (torch.rand(n, channels, size, size, device=DEVICE).round() for channels in (4, 1))
 
     def loop(order=None, dtype=None):
         """A TrainLoop; given an order of memory, with that and with AdamW as the published code calls it."""
@@ -229,8 +262,8 @@ def measure_training(args):
 
     loops = {"published: float32, NCHW": loop(NCHW), "bf16 autocast": loop(NCHW, bf16),
              "bf16 autocast, channels last": loop(NHWC, bf16), "the package: --use_bf16 True": loop(None, bf16)}
-    variants = {name: (partial(made.run_step, image, mask, torch.arange(n)), n) for name, made in loops.items()}
-    one = partial(loops["bf16 autocast"].run_step, image[:1], mask[:1], torch.arange(1))
+    variants = {name: (partial(made.run_step, image, mask, range(n)), n) for name, made in loops.items()}
+    one = partial(loops["bf16 autocast"].run_step, image[:1], mask[:1], range(1))
     flop, rows = race_ceilings(args, variants, one)
     return (f"A training step of {n} images (U-Net, AMN, ACN, AdamW, EMA)", rows,
             f"{flop / 1e9:.3g} GFLOP an image. The last row is TrainLoop as it is, its AdamW and order of memory, too.")
@@ -270,11 +303,17 @@ def measure_ensemble(args):
 
 
 def peak_of_sampling(args):
-    """Peak bytes of sampling 16 masks at once, which the sampler's first steps show."""
+    """Bytes before and at the peak of sampling 16 masks at once, which the sampler's first steps show."""
+    before = peak_memory()
     model, diffusion = build(args, timestep_respacing="uniform2")
     if args.only_memory == "bf16":
         model.convert_for_sampling(torch.bfloat16)
     list(EnsembleSampler(model.eval(), diffusion, batch_size=ENSEMBLES[-1]).ensembles([phantom(args)], ENSEMBLES[-1]))
+    return [before, peak_memory()]
+
+
+def peak_memory():
+    """The most bytes that this process has held so far."""
     status = Path("/proc/self/status")
     if CUDA or not status.exists():  # macOS counts in bytes; on Linux, getrusage would count the parent's peak, too
         return torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -284,9 +323,11 @@ def peak_of_sampling(args):
 def measure_memory(args):
     peaks, flags = {}, [f"--{name}={getattr(args, name)}" for name in ("threads", "image_size", "num_channels")]
     for kind, name in (("float32", "float32, NCHW"), ("bf16", "the package: bf16")):
-        peaks[name] = [int(subprocess.check_output([sys.executable, __file__, "--only-memory", kind, *flags]))]
-    return (f"Peak of sampling {ENSEMBLES[-1]} masks", as_rows(peaks, {"MiB": lambda _, own: own[0] / 2 ** 20}),
-            "Allocated on the device." if CUDA else "Resident memory of the whole process, PyTorch included.")
+        peaks[name] = json.loads(subprocess.check_output([sys.executable, __file__, "--only-memory", kind, *flags]))
+    rows = as_rows({name: [peak - before] for name, (before, peak) in peaks.items()}, {
+        "MiB": lambda name, own: own[0] / 2 ** 20, "MiB with PyTorch": lambda name, _: peaks[name][1] / 2 ** 20})
+    return (f"Peak of sampling {ENSEMBLES[-1]} masks", rows, "Allocated on the device." if CUDA else
+            "Resident memory; ratios are of what a process takes on top of having imported PyTorch and this package.")
 
 
 def measure_loader(args):
@@ -294,7 +335,6 @@ def measure_loader(args):
     with tempfile.TemporaryDirectory() as folder:
         phantoms.write_cases(folder, count, 0, args.image_size)
         cases = datasets.SegmentationCases(folder, args.image_size)
-        stream = datasets.ShuffledCases(cases).batches(batch)
 
         def decode():
             for i in range(0, count, batch):
@@ -302,13 +342,20 @@ def measure_loader(args):
                 np.stack([np.repeat(pixels / np.float32(255), 4, axis=0) for pixels, _ in read])
                 np.stack([masks[:1].astype(np.float32) for _, masks in read])
 
+        def stream(cases):
+            batches = datasets.ShuffledCases(cases).batches(batch)
+            return lambda: [datasets.to_floats(*next(batches)[:2], 4, DEVICE) for _ in range(count // batch)]
+
         variants = {"decoding the files of a case at every visit": (decode, count),
-                    "ShuffledCases, from memory": (lambda: [next(stream) for _ in range(count // batch)], count)}
+                    "the package, from memory": (stream(cases), count)}
+        datasets.MEMORY_BYTES = 0
+        variants["the package, from the file beside a larger data set"] = (
+            stream(datasets.SegmentationCases(folder, args.image_size)), count)
         rows = as_rows(race(args, variants), {"examples/s": lambda _, own: 1 / median(own)})
     return "Loading training examples", rows, f"{count} phantoms, five JPEG files each; one process."
 
 
-PARTS = {"ceilings": measure_ceilings, "unet": measure_unet, "training": measure_training,
+PARTS = {"ceilings": measure_ceilings, "unet": measure_unet, "profile": measure_profile, "training": measure_training,
          "ensemble": measure_ensemble, "memory": measure_memory, "loader": measure_loader}
 
 

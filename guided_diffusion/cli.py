@@ -12,8 +12,8 @@ from .script_util import FLAGS, choose_sampler, defaults, parse_numbers
 
 # the groups of flags that a script takes
 JOBS = {
-    "training": ("model", "encoders", "diffusion", "training", "files and processes", "results"),
-    "sampling": ("model", "diffusion", "sampling", "files and processes", "results"),
+    "training": ("model", "encoders", "diffusion", "training", "speed", "files and processes", "results"),
+    "sampling": ("model", "diffusion", "sampling", "speed", "files and processes", "results"),
     "evaluation": ("evaluation", "files and processes"),
 }
 _GROUP_TITLES = {

@@ -5,9 +5,11 @@ of its name before the first underscore; JPEG and PNG both count, other files ar
 case are its channels, in the order of their names. Any number of raters from 1 up; cases may differ in it.
 """
 
+import contextlib
+import hashlib
 import os
 import re
-import signal
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +19,13 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from . import decoded_file
+from .dist_util import to_device
 from .errors import InputError, raise_problems
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 FITS = ("error", "resize", "crop")
-CACHE_BYTES = 4 << 30  # data sets up to this size are decoded once and kept in memory
+MEMORY_BYTES = 4 << 30  # decoded data sets up to this size are kept in memory, larger ones in a file beside the data
 JPEG_RINGING = 32  # an empty JPEG label may hold values up to about this, of 255
 
 
@@ -38,8 +42,12 @@ class _Files(NamedTuple):
     labels: list
 
 
-class SegmentationCases(torch.utils.data.Dataset):
+class SegmentationCases:
     """All cases of a folder, checked when opened. Item i is a Case, sorted by name.
+
+    Every file is decoded once, here. What comes out, a byte a pixel and a bit a pixel of a mask, is kept in memory, or
+    if that would take more than MEMORY_BYTES in `.decoded_<image_size>_<fit>` in data_dir, which all processes share
+    and later runs find again until a file changes; where that cannot be written, files are decoded at every visit.
 
     :param data_dir: folder as described above; case folders may be nested, and are then named by their path.
     :param image_size: side of the images in pixels.
@@ -55,55 +63,82 @@ class SegmentationCases(torch.utils.data.Dataset):
     def __init__(self, data_dir, image_size, image_channels=4, fit="error", need_labels=True, limit=0, progress=False):
         if fit not in FITS:
             raise InputError(f"--fit {fit} is none of {', '.join(FITS)}")
-        self.image_size, self.image_channels = image_size, image_channels
+        self.data_dir, self.image_size, self.image_channels = data_dir, image_size, image_channels
         self.fit, self.need_labels = fit, need_labels
         self.cases = find_cases(data_dir)
         if limit:
             self.cases = self.cases[:limit]
-        self._cache = {}
-        self._check(data_dir, progress)
+        self.decoded, self.kept = self._decode_all(progress)
 
     def __len__(self):
         return len(self.cases)
 
     def __getitem__(self, i):
-        image, packed, raters = self._cache.get(i) or self._read(self.cases[i])
-        scale = np.float32(1 / np.iinfo(image.dtype).max)
-        image = image * scale
+        image, masks = self.compact(i)
+        image = image * np.float32(1 / np.iinfo(image.dtype).max)
         if len(image) == 1:
             image = np.repeat(image, self.image_channels, axis=0)
-        masks = np.unpackbits(packed, count=raters * self.image_size ** 2).astype(bool)
-        return Case(self.cases[i].name, image, masks.reshape(raters, self.image_size, self.image_size))
+        masks = np.unpackbits(masks, axis=1, count=self.image_size ** 2).astype(bool)
+        return Case(self.cases[i].name, image, masks.reshape(len(masks), self.image_size, self.image_size))
 
-    @property
-    def in_memory(self):
-        return len(self._cache) == len(self.cases)
+    def compact(self, i):
+        """Case i as it is kept: image [c, S, S] uint8 or uint16, c 1 or image_channels, and masks as packed bits,
+        [R, ceil(S * S / 8)] uint8."""
+        return self.decoded[i] if self.decoded is not None else self._decode(self.cases[i])
 
-    def _check(self, data_dir, progress):
-        """Decode every file once, in parallel; keep what was decoded if all of it fits into CACHE_BYTES."""
-        problems, kept = [], 0
+    def _decode_all(self, progress):
+        """Check every case; returns the decoded ones, None if they are not kept, and words for where they are."""
+        sample = [self._attempt(files) for files in self.cases[::-(-len(self.cases) // 8)]]
+        largest = max((sum(part.nbytes for part in case) for case in sample if not isinstance(case, str)), default=0)
+        if largest * len(self.cases) <= MEMORY_BYTES:
+            return list(self._checked(progress)), "in memory"
+        path, key = Path(self.data_dir, f".decoded_{self.image_size}_{self.fit}"), self._key()
+        kept = f"decoded in {path}"
+        with contextlib.suppress(OSError):
+            return decoded_file.DecodedFile(path, key), kept
+        try:
+            with decoded_file.locked(path):
+                with contextlib.suppress(OSError):  # another process may have written it meanwhile
+                    return decoded_file.DecodedFile(path, key), kept
+                decoded_file.write(path, key, self._checked(progress))
+                return decoded_file.DecodedFile(path, key), kept
+        except OSError as error:
+            deque(self._checked(progress), 0)
+            return None, f"decoded at every visit: {path} cannot be written ({error.strerror or error})"
 
-        def attempt(files):
-            try:
-                return self._read(files)
-            except InputError as error:
-                return str(error)
+    def _key(self):
+        """A hash of everything that the decoded cases follow from: names, sizes and times of the files, settings."""
+        digest = hashlib.sha256(repr((self.image_channels, self.need_labels)).encode())
+        for files in self.cases:
+            for path in (*files.images, *files.labels):
+                try:
+                    status = path.stat()
+                    state = status.st_size, status.st_mtime_ns
+                except OSError:  # decoding will say what is wrong with it
+                    state = None
+                digest.update(repr((str(path.relative_to(self.data_dir)), state)).encode())
+        return digest.hexdigest()
 
-        with ThreadPoolExecutor(min(32, 4 + (os.cpu_count() or 1))) as pool:
-            results = tqdm(pool.map(attempt, self.cases), f"checking {data_dir}", len(self.cases), leave=False,
-                           disable=None if progress else True, unit=" cases")
-            for i, result in enumerate(results):
-                if isinstance(result, str):
-                    problems.append(result)
-                elif kept <= CACHE_BYTES:
-                    self._cache[i] = result
-                    kept += result[0].nbytes + result[1].nbytes
-        if kept > CACHE_BYTES:
-            self._cache.clear()
-        raise_problems(problems, data_dir)
+    def _checked(self, progress):
+        """Decode every case on several threads and yield those that are right; raises all problems at the end."""
+        problems = []
+        results = tqdm(read_ahead(self._attempt, self.cases), f"checking {self.data_dir}", len(self.cases), leave=False,
+                       disable=None if progress else True, unit=" cases")
+        for result in results:
+            if isinstance(result, str):
+                problems.append(result)
+            else:
+                yield result
+        raise_problems(problems, self.data_dir)
 
-    def _read(self, files):
-        """Decode one case: image [c, S, S] uint8 or uint16, masks as packed bits, number of raters."""
+    def _attempt(self, files):
+        """_decode, or what is wrong as a string."""
+        try:
+            return self._decode(files)
+        except InputError as error:
+            return str(error)
+
+    def _decode(self, files):
         image, masks = read_case(files, self.need_labels)
         if len(image) not in (1, self.image_channels):
             raise InputError(f"{files.images[0]}: {len(image)} channels in the image(s) of this case, but"
@@ -113,11 +148,11 @@ class SegmentationCases(torch.utils.data.Dataset):
                 raise InputError(f"{files.images[0]}: is {image.shape[2]} x {image.shape[1]} pixels, but --image_size"
                                  f" is {self.image_size}; give --fit resize or --fit crop, or another --image_size")
             image, masks = fit_case(image, masks, self.image_size, self.fit, files.images[0])
-        return image, np.packbits(masks), len(masks)
+        return image, np.packbits(masks.reshape(len(masks), self.image_size ** 2), axis=1)
 
 
-class ShuffledCases(torch.utils.data.Dataset):
-    """The endless training stream: position p -> image, one rater's mask, p.
+class ShuffledCases:
+    """The endless training stream: position p -> image, one rater's mask.
 
     Position p is place p % n of epoch p // n; every epoch is a fresh permutation of the n cases, and every visit
     draws one of the raters at random. Both follow from (seed, position) alone, so the stream is the same however
@@ -126,21 +161,23 @@ class ShuffledCases(torch.utils.data.Dataset):
 
     def __init__(self, cases, seed=0):
         self.cases, self.seed = cases, seed
-        self._epoch, self._order = None, None
+        self._shuffled = None, None  # an epoch and its order
 
     def __getitem__(self, position):
+        """Image [c, S, S] uint8 or uint16 and mask [1, S, S] uint8, 0 or 1, of one place in the stream."""
         epoch, place = divmod(position, len(self.cases))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.cases))
-        case = self.cases[int(self._order[place])]
-        rater = np.random.default_rng([self.seed, 1, position]).integers(len(case.masks))
-        return (torch.from_numpy(case.image),  # [C, H, W]
-                torch.from_numpy(case.masks[rater][None].astype(np.float32)),  # [1, H, W]
-                position)
+        known, order = self._shuffled
+        if epoch != known:
+            order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.cases))
+            self._shuffled = epoch, order
+        image, masks = self.cases.compact(int(order[place]))
+        rater = np.random.default_rng([self.seed, 1, position]).integers(len(masks))
+        pixels = image.shape[1:]
+        return image, np.unpackbits(masks[rater], count=pixels[0] * pixels[1]).reshape(1, *pixels)
 
-    def batches(self, batch_size, rank=0, world_size=1, start=0, pin_memory=False):
-        """Endless batches of this rank: image [N, C, H, W], mask [N, 1, H, W], position [N] (int64).
+    def batches(self, batch_size, rank=0, world_size=1, start=0):
+        """Endless batches of this rank: image [N, c, S, S] uint8 or uint16, mask [N, 1, S, S] uint8, and the list of
+        their N positions; read ahead of their use. See to_floats.
 
         `start` is the position of the first global batch; rank r takes the r-th part of each global batch.
         """
@@ -150,14 +187,34 @@ class ShuffledCases(torch.utils.data.Dataset):
                 yield range(first, first + batch_size)
                 first += world_size * batch_size
 
-        workers = 0 if self.cases.in_memory else min(4, os.cpu_count() or 1)
-        return iter(torch.utils.data.DataLoader(self, batch_sampler=positions(), num_workers=workers,
-                                                pin_memory=pin_memory, worker_init_fn=_ignore_interrupts))
+        def read(positions):
+            images, masks = zip(*(self[position] for position in positions))
+            return torch.from_numpy(_stack_images(images)), torch.from_numpy(np.stack(masks)), list(positions)
+
+        return read_ahead(read, positions())
 
 
-def _ignore_interrupts(worker):
-    """Ctrl-C reaches every process of a terminal; what to do about it is the training loop's decision."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def to_floats(image, mask, channels, device):
+    """A batch of ShuffledCases on its device: image [N, channels, S, S] float32 in [0, 1], mask float32."""
+    image, mask = (to_device(part, device) for part in (image, mask))
+    image = image.float() * (1 / (255 if image.dtype == torch.uint8 else 65535))
+    return image.expand(-1, channels, -1, -1), mask.float()
+
+
+def read_ahead(read, items):
+    """read(item) for each item, in order, a few ahead of the one in use, on threads of their own."""
+    workers = min(8, os.cpu_count() or 1)
+    waiting = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def find_cases(data_dir):
@@ -255,14 +312,27 @@ def _read_image(path):
 
 
 def _join_channels(parts, paths):
-    """The pictures [c, H, W] of one case -> one, [C, H, W]; 8 bits beside 16 are widened, 255 becoming 65535."""
+    """The pictures [c, H, W] of one case -> one, [C, H, W]."""
     for part, path in zip(parts, paths):
         if part.shape[1:] != parts[0].shape[1:]:
             raise InputError(f"{path}: is {part.shape[2]} x {part.shape[1]} pixels, but the first image of its case,"
                              f" {paths[0].name}, is {parts[0].shape[2]} x {parts[0].shape[1]}")
-    if len({part.dtype for part in parts}) > 1:
-        parts = [part * np.uint16(257) if part.dtype == np.uint8 else part for part in parts]
-    return np.concatenate(parts)
+    return np.concatenate(_widen(parts))
+
+
+def _stack_images(images):
+    """[c, S, S] arrays -> [N, C, S, S]; where they differ, 8 bits are widened as 16 and a single channel repeated."""
+    if len({(image.dtype, len(image)) for image in images}) > 1:
+        channels = max(map(len, images))
+        images = [np.repeat(image, channels // len(image), axis=0) for image in _widen(images)]
+    return np.stack(images)
+
+
+def _widen(parts):
+    """Where arrays of 8 and 16 bits meet, those of 8 as 16, 255 becoming 65535."""
+    if len({part.dtype for part in parts}) == 1:
+        return parts
+    return [part * np.uint16(257) if part.dtype == np.uint8 else part for part in parts]
 
 
 def _read_label(path, size, image_path):

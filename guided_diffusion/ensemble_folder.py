@@ -3,8 +3,6 @@
 import os
 import re
 import string
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -124,16 +122,3 @@ def _read_mask(path, case):
                          f"{' ...' if values[3:].any() else ''} besides 0; cut probabilities at one half, and give each"
                          f" mask one value for foreground")
     return pixels > 0
-
-
-def read_ahead(read, items):
-    """read(item) for each item, in order, a few ahead of the one in use, on threads of their own."""
-    workers = min(8, os.cpu_count() or 1)
-    waiting = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            waiting.append(pool.submit(read, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -153,14 +153,17 @@ class GaussianDiffusion:
     # ---- p ----
 
     def run_model(self, model, x, t, model_kwargs=None):
-        """The network's raw output at step t of this process, in the precision of x."""
+        """The network's raw output at step t of this process, in the precision of x.
+
+        A copy: a compiled network may write its next output over this one.
+        """
         key = ("timestep_map", t.device)
         if key not in self._on_device:
             self._on_device[key] = self.timestep_map.to(t.device)
         timesteps = self._on_device[key][t]
         if self.rescale_timesteps:
             timesteps = timesteps.float() * (1000.0 / self.original_num_steps)
-        return model(x, timesteps, **(model_kwargs or {})).to(x.dtype)
+        return model(x, timesteps, **(model_kwargs or {})).to(x.dtype, copy=True)
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
         """p(x_{t-1} | x_t) and the prediction of x_0, as a dict of [N, C, H, W]: mean, variance, log_variance,

@@ -21,6 +21,13 @@ class GroupNorm32(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
+class SiLU(nn.SiLU):
+    """x sigmoid(x), written over x where no gradient needs that: only for behind a layer that makes a new output."""
+
+    def forward(self, x):
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 def normalization(channels):
     """The U-Net's norm layer: 32 groups over `channels` (a multiple of 32)."""
     return GroupNorm32(32, channels)
@@ -53,5 +60,4 @@ def timestep_embedding(timesteps, dim, max_period=10000):
 @torch.no_grad()
 def update_ema(target, source, rate):
     """target <- rate * target + (1 - rate) * source, for two equally long lists of parameters."""
-    torch._foreach_mul_(target, rate)
-    torch._foreach_add_(target, source, alpha=1 - rate)
+    torch._foreach_lerp_(target, source, 1 - rate)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from . import checkpoint, montage, samplers
+from . import checkpoint, dist_util, montage, samplers
 from .errors import InputError
 
 THRESHOLD = 0.5  # the middle of the mask scaling
@@ -36,7 +36,7 @@ class MemberNoise:
     def __call__(self, like):
         """Fresh noise with the shape, dtype and device of `like`, [N, ...]."""
         rows = [generator.standard_normal(like.shape[1:], dtype=np.float32) for generator in self.generators]
-        return torch.from_numpy(np.stack(rows)).to(like)
+        return dist_util.to_device(torch.from_numpy(np.stack(rows)), like.device).to(like.dtype)
 
 
 class EnsembleSampler:
@@ -98,7 +98,7 @@ class EnsembleSampler:
         :param on_step: called after every step of the sampler.
         """
         noise = MemberNoise(self.seed, members)
-        images = images.to(self.device)
+        images = dist_util.to_device(images, self.device)
         x = noise(torch.empty(len(images), 1, *images.shape[2:], device=self.device))
         for x_t, _ in self.walk(self.diffusion, self.model, x, noise=noise, clip_denoised=self.clip_denoised,
                                 model_kwargs={"image": images}, **self.options):

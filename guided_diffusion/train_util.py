@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from . import checkpoint, dist_util, logger
+from . import checkpoint, datasets, dist_util, logger
 from .errors import InputError
 from .nn import update_ema
 
@@ -94,10 +94,10 @@ class TrainLoop:
     # ---- one step ----
 
     def run_step(self, image, mask, position):
-        """One optimiser step on this rank's batch: image [N, C, H, W], mask [N, 1, H, W], position [N]."""
-        image, mask = (x.to(self.device, non_blocking=True) for x in (image, mask))
-        uniforms, noise = self._randomness(position.tolist(), mask)
-        t, weights = (x.to(self.device) for x in self.schedule_sampler.sample(uniforms))
+        """One optimiser step on this rank's batch: image [N, C, H, W] and mask [N, 1, H, W], floats in [0, 1] on the
+        device, and the N places of the examples in the stream."""
+        uniforms, noise = self._randomness(position, mask)
+        t, weights = (dist_util.to_device(x, self.device) for x in self.schedule_sampler.sample(uniforms))
         losses = self.forward_backward(image, mask, t, weights, noise)
         self.optimize()
         if self.schedule_sampler.learns:
@@ -153,8 +153,7 @@ class TrainLoop:
 
         Returns the signal that stopped it, or None.
         """
-        batches = self.data.batches(self.batch_size, dist_util.rank(), dist_util.world_size(), self.position,
-                                    pin_memory=self.device.type == "cuda")
+        batches = self.data.batches(self.batch_size, dist_util.rank(), dist_util.world_size(), self.position)
         if self.end and self.step >= self.end:
             logger.log(f"step {self.step} is reached already; more --max_steps (or --lr_anneal_steps) would go on")
         stop_agreed, saved = dist_util.StopFlag(), self.step
@@ -164,7 +163,7 @@ class TrainLoop:
         with _SignalsNoted() as signals, bar:
             self.meter.restart()
             while not (self.end and self.step >= self.end) and not stop_agreed(bool(signals.received)):
-                image, mask, position = next(batches)
+                image, mask, position = self._next(batches)
                 self.run_step(image, mask, position)
                 bar.update()
                 if self.step % self.log_interval == 0 or self.step == self.end:
@@ -176,6 +175,13 @@ class TrainLoop:
                 self.save()
         return signals.received
 
+    def _next(self, batches):
+        start = time.perf_counter()
+        image, mask, position = next(batches)
+        self.meter.waited += time.perf_counter() - start
+        channels = self.cimd.model.in_channels - mask.shape[1]
+        return *datasets.to_floats(image, mask, channels, self.device), position
+
     def log(self, image, mask):
         values = self.meter.read()
         values.update(lr=self.learning_rate(), samples=self.position)
@@ -185,7 +191,7 @@ class TrainLoop:
             logger.dump(values, self.step)
         if self.monitor.active:
             self.monitor.curves(self.step, {k: values[k] for k in ("loss", "mse", "vb", "kl") if k in values})
-            self._show_batch(image[:4].to(self.device), mask[:4].to(self.device))
+            self._show_batch(image[:4], mask[:4])
 
     @torch.no_grad()
     def _show_batch(self, image, mask):
@@ -275,7 +281,7 @@ class _Meter:
     def restart(self):
         self.sums, self.examples = {}, 0
         self.counts = torch.zeros(4, device=self.device)
-        self.since = time.perf_counter()
+        self.since, self.waited = time.perf_counter(), 0.0  # waited: for data
 
     def add(self, t, losses):
         quartile = t * 4 // self.num_timesteps
@@ -297,6 +303,7 @@ class _Meter:
             values.update({f"{name}_q{i}": s / n for i, (s, n) in enumerate(zip(total, counts)) if n})
         seconds = time.perf_counter() - self.since
         values["images_per_second"] = self.examples * dist_util.world_size() / max(seconds, 1e-9)
+        values["waiting_for_data"] = max(dist_util.all_gather_objects(self.waited / max(seconds, 1e-9)))
         self.restart()
         return values
 

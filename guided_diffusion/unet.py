@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .nn import normalization, timestep_embedding, zero_module
+from .nn import SiLU, normalization, timestep_embedding, zero_module
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -55,11 +55,11 @@ class ResBlock(nn.Module):
         self.h_upd = resample(channels, use_conv=False) if resample else nn.Identity()
         self.x_upd = resample(channels, use_conv=False) if resample else nn.Identity()
         self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+            normalization(channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels))
         self.out_layers = nn.Sequential(
-            normalization(out_channels), nn.SiLU(), nn.Dropout(dropout),
+            normalization(out_channels), SiLU(), nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -76,12 +76,12 @@ class ResBlock(nn.Module):
         norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = torch.addcmul(shift, norm(h), 1 + scale)
         else:
-            h = norm(h + emb)
+            h = norm(h.add_(emb))
         for layer in rest:
             h = layer(h)
-        return self.skip_connection(self.x_upd(x)) + h
+        return h.add_(self.skip_connection(self.x_upd(x)))
 
 
 class AttentionBlock(nn.Module):
@@ -194,7 +194,7 @@ class UNetModel(nn.Module):
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
-            normalization(ch), nn.SiLU(), zero_module(nn.Conv2d(ch, out_channels, 3, padding=1)))
+            normalization(ch), SiLU(), zero_module(nn.Conv2d(ch, out_channels, 3, padding=1)))
 
     def forward(self, x, timesteps, y=None):
         """x: [N, in_channels, H, W]; timesteps: [N]; y: [N] class labels, only for a class-conditional model.

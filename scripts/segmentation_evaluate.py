@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.cli import parse_flags, run_script
-from guided_diffusion.datasets import find_cases
-from guided_diffusion.ensemble_folder import EnsembleFolder, read_ahead, read_scored_case
+from guided_diffusion.datasets import find_cases, read_ahead
+from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
 from guided_diffusion.errors import InputError, raise_problems
 from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
 

@@ -24,7 +24,7 @@ from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.script_util import (
-    BEST, apply_stored_flags, autocast_dtype, create_model_and_diffusion, defaults, pick,
+    BEST, apply_stored_flags, autocast_dtype, compile_network, create_model_and_diffusion, defaults, pick,
 )
 
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}  # where --batch_size auto begins; it is halved until it fits
@@ -71,6 +71,9 @@ def main():
     logger.log(f"{len(cases)} cases from {args.data_dir}, {len(cases) - todo} of them already complete in {folder};"
                f" {args.num_ensemble} masks each, {sampler.calls} network calls a mask,"
                f" {world_size} process(es) on {dist_util.dev()}")
+    if args.compile:
+        cuda_graphs = {"mode": "reduce-overhead"} if dist_util.dev().type == "cuda" else {}
+        compile_network(model, dist_util.dev(), **cuda_graphs)
     if auto:
         sampler.fit_batch_size(cases[0].image)
         batch_size = sampler.batch_size

@@ -20,7 +20,8 @@ from guided_diffusion.datasets import SegmentationCases, ShuffledCases
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
-    apply_stored_flags, autocast_dtype, create_encoders, create_model_and_diffusion, pick, stored_flags,
+    apply_stored_flags, autocast_dtype, compile_network, create_encoders, create_model_and_diffusion, pick,
+    stored_flags,
 )
 from guided_diffusion.train_util import CIMD, TrainLoop
 
@@ -46,7 +47,7 @@ def main():
     logger.configure(local_folder(folder), enabled=dist_util.rank() == 0)
     world_size = dist_util.world_size()
     logger.log("command:", shlex.join(sys.argv))
-    logger.log(f"{len(cases)} cases from {args.data_dir}; U-Net of {count(model):.1f} million parameters;"
+    logger.log(f"{len(cases)} cases from {args.data_dir}, {cases.kept}; U-Net of {count(model):.1f} million parameters;"
                f" {world_size} process(es) on {dist_util.dev()}")
     logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
 
@@ -67,6 +68,8 @@ def main():
     if dist_util.rank() == 0:
         checkpoint.save_flags(folder, stored_flags(args))
 
+    if args.compile:
+        compile_network(model, dist_util.dev())
     stopped_by = loop.run_loop()
     loop.monitor.close()
     logger.log(f"at step {loop.step}; sample from it: python scripts/segmentation_sample.py --data_dir <scans>"

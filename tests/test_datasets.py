@@ -1,6 +1,15 @@
 """Files on disk become images and raters' masks, and whatever is wrong with them is said at once."""
 
+import hashlib
+import itertools
+import os
 import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,7 +17,8 @@ import torch
 from PIL import Image
 
 from guided_diffusion import datasets, errors
-from guided_diffusion.datasets import SegmentationCases, ShuffledCases
+from guided_diffusion.datasets import SegmentationCases, ShuffledCases, read_ahead, to_floats
+from guided_diffusion.decoded_file import DecodedFile
 from guided_diffusion.errors import InputError
 
 SIZE = 16
@@ -270,8 +280,9 @@ def test_crop_takes_the_central_square_of_image_and_masks(tmp_path):
 
 def test_cropped_images_in_memory_do_not_hold_the_whole_picture(make_cases, tmp_path):
     cases = SegmentationCases(make_cases(tmp_path, size=64), SIZE, fit="crop")
-    for image, packed, _ in cases._cache.values():
-        assert image.base is None and image.nbytes == SIZE ** 2 and packed.base is None
+    for image, packed in cases.decoded:
+        assert image.base is None and image.nbytes == SIZE ** 2
+        assert packed.base is None and packed.nbytes == 2 * SIZE ** 2 // 8
 
 
 def test_crop_of_a_smaller_image_is_refused(make_cases, tmp_path):
@@ -386,27 +397,268 @@ def test_damaged_pictures_are_named_never_a_traceback(make_cases, tmp_path, suff
     assert refused > 50
 
 
-def test_large_data_sets_give_the_same_items_without_being_kept(make_cases, tmp_path, monkeypatch):
-    make_cases(tmp_path, 5, raters=[1, 2, 3, 2, 1])
-    kept = SegmentationCases(tmp_path, SIZE)
-    monkeypatch.setattr(datasets, "CACHE_BYTES", 2 * SIZE * SIZE)
-    read_again = SegmentationCases(tmp_path, SIZE)
-    assert kept.in_memory and not read_again.in_memory and len(read_again) == 5
-    assert all(same(kept[i], read_again[i]) for i in range(5))
-    (tmp_path / "case3" / "image_3.png").unlink()
-    with pytest.raises(OSError):
-        Image.open(tmp_path / "case3" / "image_3.png")
-    assert kept[3].name == "case3"
-    with pytest.raises(InputError, match="image_3.png"):
-        read_again[3]
+# ---- data sets too large for the memory ----
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of random cases: 8 and 16 bits, 1 and 4 channels, 1 to 5 raters."""
+    rng = np.random.default_rng(5)
+    for i in range(11):
+        case = tmp_path / "mixed" / f"case{i:02}"
+        dtype = (np.uint8, np.uint16)[i % 2]
+        for channel in range((1, 4)[i // 2 % 2]):
+            pixels = rng.integers(0, np.iinfo(dtype).max, (SIZE, SIZE), dtype, endpoint=True)
+            save(case / f"image_{channel}.png", pixels, compress_level=0)
+        for rater in range(1 + i % 5):
+            save(case / f"label{rater}_.png", as_label(rng.random((SIZE, SIZE)) < 0.5), compress_level=0)
+    return tmp_path / "mixed"
+
+
+@pytest.fixture
+def open_large(monkeypatch):
+    """SegmentationCases that keeps nothing in memory."""
+
+    def open_cases(*args, **kwargs):
+        with monkeypatch.context() as context:
+            context.setattr(datasets, "MEMORY_BYTES", 0)
+            return SegmentationCases(*args, **kwargs)
+
+    return open_cases
+
+
+@pytest.fixture
+def decoded_names(monkeypatch):
+    """The names of the cases that are decoded, one after another."""
+    names, original = [], datasets.read_case
+    monkeypatch.setattr(datasets, "read_case", lambda files, *args: names.append(files.name) or original(files, *args))
+    return names
+
+
+SAMPLES = 6  # of 11 cases, decoded to learn how large they are
+
+
+def left_behind(folder):
+    return sorted(path.name for path in folder.iterdir()
+                  if path.name.startswith(".decoded") and not path.name.endswith(".lock"))
+
+
+def assert_same_cases(one, other):
+    assert len(one) == len(other) and all(map(same, one, other))
+
+
+def assert_same_batches(one, other, batch_size=4, count=12):
+    one, other = (ShuffledCases(cases, seed=7).batches(batch_size, start=4) for cases in (one, other))
+    for (image, mask, positions), expected in itertools.islice(zip(one, other), count):
+        assert image.dtype == expected[0].dtype and torch.equal(image, expected[0])
+        assert torch.equal(mask, expected[1]) and positions == expected[2]
+
+
+@pytest.mark.parametrize("side, fit", [(SIZE, "error"), (SIZE - 1, "crop"), (SIZE + 3, "resize")])
+def test_large_data_sets_give_the_same_items_and_stream_from_a_file(mixed, open_large, side, fit):
+    small = SegmentationCases(mixed, side, fit=fit)
+    assert small.kept == "in memory" and left_behind(mixed) == []
+    for _ in range(2):  # written, and found again
+        large = open_large(mixed, side, fit=fit)
+        assert isinstance(large.decoded, DecodedFile) and large.kept == f"decoded in {mixed / f'.decoded_{side}_{fit}'}"
+        assert_same_cases(large, small)
+        assert_same_batches(large, small)
+    assert left_behind(mixed) == [f".decoded_{side}_{fit}"]
+
+
+def test_data_sets_up_to_the_limit_are_kept_in_memory(make_cases, tmp_path, monkeypatch):
+    make_cases(tmp_path, 9, raters=3)
+    needed = 9 * (SIZE ** 2 + 3 * SIZE ** 2 // 8)
+    for limit, kept in ((needed, "in memory"), (needed - 1, f"decoded in {tmp_path}")):
+        monkeypatch.setattr(datasets, "MEMORY_BYTES", limit)
+        assert SegmentationCases(tmp_path, SIZE).kept.startswith(kept)
+
+
+def test_cases_in_memory_need_their_files_no_more(mixed, open_large):
+    small, large = SegmentationCases(mixed, SIZE), open_large(mixed, SIZE)
+    expected = list(small)
+    for case in mixed.glob("case*"):
+        shutil.rmtree(case)
+    assert_same_cases(expected, small)
+    assert_same_cases(expected, large)
+
+
+def test_a_second_opening_of_an_unchanged_folder_decodes_but_a_sample(mixed, open_large, decoded_names):
+    open_large(mixed, SIZE)
+    assert len(decoded_names) == SAMPLES + 11 and len(set(decoded_names)) == 11
+    decoded_names.clear()
+    cases = open_large(mixed, SIZE)
+    assert len(decoded_names) <= SAMPLES
+    decoded_names.clear()
+    assert len(list(cases)) == 11 and decoded_names == []
+
+
+def touch(path, nanoseconds=10 ** 6):
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + nanoseconds))
+
+
+def repaint(path):
+    """Other pixels in as many bytes."""
+    before = path.stat()
+    save(path, 255 - np.asarray(Image.open(path)), compress_level=0)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10 ** 6))
+
+
+def lengthen(path):
+    """More bytes, at the same time as before."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes() + b"tail")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = {
+    **{f"{change.__name__} {file}": lambda folder, change=change, file=file: change(folder / file)
+       for change in (touch, repaint, lengthen)
+       for file in ("case00/image_0.png", "case03/label2_.png", "case10/label0_.png")},
+    "label added": lambda folder: shutil.copy2(folder / "case00/label0_.png", folder / "case00/label1_.png"),
+    "label removed": lambda folder: (folder / "case03/label0_.png").unlink(),
+    "label renamed": lambda folder: (folder / "case03/label0_.png").rename(folder / "case03/label8_.png"),
+    "images added": lambda folder: [shutil.copy2(folder / "case00/image_0.png", folder / f"case00/image_{i}.png")
+                                    for i in (1, 2, 3)],
+    "case added": lambda folder: shutil.copytree(folder / "case05", folder / "case05b"),
+    "case removed": lambda folder: shutil.rmtree(folder / "case07"),
+    "case renamed": lambda folder: (folder / "case07").rename(folder / "case7"),
+    "cases swapped": lambda folder: [(folder / a).rename(folder / b) for a, b in (
+        ("case01", "case1"), ("case05", "case01"), ("case1", "case05"))],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_whatever_changes_in_the_folder_is_decoded_again(mixed, open_large, decoded_names, change):
+    open_large(mixed, SIZE)
+    change(mixed)
+    decoded_names.clear()
+    cases = open_large(mixed, SIZE)
+    assert len(decoded_names) == len(cases.cases[::2]) + len(cases)
+    assert_same_cases(cases, SegmentationCases(mixed, SIZE))
+    decoded_names.clear()
+    open_large(mixed, SIZE)
+    assert len(decoded_names) <= SAMPLES
+
+
+def test_other_settings_are_decoded_afresh(make_cases, tmp_path, open_large):
+    make_cases(tmp_path, 10, raters=2, size=20)
+    settings = dict(image_size=SIZE, image_channels=4, fit="crop", need_labels=True, limit=0)
+    for name, value in (("limit", 0), ("limit", 9), ("image_size", 15), ("image_channels", 1), ("fit", "resize"),
+                        ("need_labels", False), ("limit", 0)):
+        for changed in ({**settings, name: value}, settings):
+            cases = open_large(tmp_path, **changed)
+            assert isinstance(cases.decoded, DecodedFile)
+            assert_same_cases(cases, SegmentationCases(tmp_path, **changed))
+    for label in (tmp_path / "case4").glob("label*"):
+        label.unlink()
+    assert [len(case.masks) for case in open_large(tmp_path, **{**settings, "need_labels": False})][4] == 0
+    with pytest.raises(InputError, match="case4: no labels"):
+        open_large(tmp_path, **settings)
+
+
+def test_a_file_cut_off_or_of_rubbish_is_written_again(mixed, open_large):
+    small = SegmentationCases(mixed, SIZE)
+    open_large(mixed, SIZE)
+    path, rng = mixed / f".decoded_{SIZE}_error", random.Random(1)
+    whole = path.read_bytes()
+    damaged = [whole[:n] for n in (0, 1, 15, 16, 17, len(whole) - 17, len(whole) - 16, len(whole) - 8, len(whole) - 1)]
+    damaged += [whole[:rng.randrange(len(whole))] for _ in range(8)]
+    damaged += [rng.randbytes(len(whole)), bytes(len(whole)), whole + b"x", whole[:-9] + b"\xff" + whole[-8:],
+                b"{}" + (2).to_bytes(8, "little") + whole[-8:], b"\xff" + (1).to_bytes(8, "little") + whole[-8:]]
+    for data in damaged:
+        path.write_bytes(data)
+        cases = open_large(mixed, SIZE)
+        assert path.read_bytes() == whole and isinstance(cases.decoded, DecodedFile)
+        assert_same_cases(cases, small)
+
+
+@pytest.mark.parametrize("suffix", ["", ".lock"])
+def test_where_no_file_can_be_written_each_visit_decodes(mixed, open_large, decoded_names, suffix):
+    small = SegmentationCases(mixed, SIZE)
+    (mixed / f".decoded_{SIZE}_error{suffix}").mkdir()
+    cases = open_large(mixed, SIZE)
+    assert cases.decoded is None and "\n" not in cases.kept
+    assert "decoded at every visit" in cases.kept and str(mixed / f".decoded_{SIZE}_error") in cases.kept
+    assert "directory" in cases.kept  # why
+    assert_same_cases(cases, small)
+    assert_same_batches(cases, small)
+    decoded_names.clear()
+    for _ in range(3):
+        assert cases[2].name == "case02"
+    assert decoded_names == ["case02"] * 3
+    assert not list(mixed.glob(".*.part"))
+    (mixed / "case03" / "image_0.png").unlink()
+    with pytest.raises(InputError, match="case03"):
+        open_large(mixed, SIZE)
+
+
+def test_a_bad_picture_among_good_ones_leaves_no_file_and_each_is_named(mixed, open_large):
+    bad = [mixed / "case03" / "image_0.png", mixed / "case04" / "label1_.png", mixed / "case10" / "image_0.png"]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError) as caught:
+        open_large(mixed, SIZE)
+    first, *lines = str(caught.value).split("\n")
+    assert first == f"3 problems in {mixed}:" and len(lines) == 3
+    assert all(line.strip().startswith(f"{path}: cannot be read") for line, path in zip(lines, bad))
+    assert left_behind(mixed) == []
+
+
+OPEN = """
+import hashlib, sys
+from guided_diffusion import datasets
+
+reads, original = [], datasets.read_case
+datasets.read_case = lambda *args: reads.append(1) or original(*args)
+datasets.MEMORY_BYTES = 0
+print("ready", flush=True)
+sys.stdin.readline()
+cases = datasets.SegmentationCases(sys.argv[1], int(sys.argv[2]))
+digest = hashlib.sha256()
+for case in cases:
+    digest.update(case.name.encode() + case.image.tobytes() + case.masks.tobytes())
+print(len(reads), digest.hexdigest(), cases.kept)
+"""
+
+
+def test_processes_that_open_one_folder_at_once_share_one_file(mixed, environment):
+    digest = hashlib.sha256()
+    for case in SegmentationCases(mixed, SIZE):
+        digest.update(case.name.encode() + case.image.tobytes() + case.masks.tobytes())
+    workers = [subprocess.Popen([sys.executable, "-c", OPEN, str(mixed), str(SIZE)], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 3
+    for worker in workers:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    answers = [worker.communicate(timeout=120)[0].split(maxsplit=2) for worker in workers]
+    assert all(answer[1:] == [digest.hexdigest(), f"decoded in {mixed / f'.decoded_{SIZE}_error'}\n"]
+               for answer in answers)
+    assert sorted(int(reads) for reads, *_ in answers) == [SAMPLES, SAMPLES, SAMPLES + 11]  # one of them wrote it
+    assert left_behind(mixed) == [f".decoded_{SIZE}_error"]
+
+
+def test_nothing_written_to_an_item_reaches_the_file(mixed, open_large):
+    cases, expected = open_large(mixed, SIZE), list(SegmentationCases(mixed, SIZE))
+    whole = (mixed / f".decoded_{SIZE}_error").read_bytes()
+    for part in cases.compact(3):
+        with pytest.raises(ValueError, match="read-only"):
+            part[...] = 1
+    case = cases[3]
+    case.image[...] = 0.5
+    case.masks[...] = True
+    for tensor in next(ShuffledCases(cases).batches(11))[:2]:
+        tensor.zero_()
+    assert_same_cases(cases, expected)
+    assert (mixed / f".decoded_{SIZE}_error").read_bytes() == whole
 
 
 # ---- the training stream ----
 
 class Numbered:
-    """A stand-in for SegmentationCases: case i is filled with i, its rater r with r in the first pixel's bits."""
-
-    in_memory = True
+    """A stand-in for SegmentationCases: case i is filled with i, its rater r with r in the bits of four pixels."""
 
     def __init__(self, count, raters):
         self.count, self.raters = count, raters
@@ -414,11 +666,9 @@ class Numbered:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, i):
-        masks = np.zeros((self.raters, 1, 4), bool)
-        for rater in range(self.raters):
-            masks[rater, 0] = [rater >> bit & 1 for bit in range(4)]
-        return datasets.Case(str(i), np.full((1, 1, 4), i, np.float32), masks)
+    def compact(self, i):
+        masks = [[rater >> bit & 1 for bit in range(4)] for rater in range(self.raters)]
+        return np.full((1, 1, 4), i, np.uint8), np.packbits(np.array(masks, np.uint8), axis=1)
 
 
 def numbers(image, mask):
@@ -469,19 +719,109 @@ def test_global_batches_are_the_same_for_any_number_of_ranks(world_size, batch_s
         for batches in ranks:
             image, mask, position = next(batches)
             assert image.shape == (batch_size, 1, 1, 4) and mask.shape == (batch_size, 1, 1, 4)
-            assert mask.dtype == torch.float32 and position.dtype == torch.int64
+            assert image.dtype == mask.dtype == torch.uint8
             got += [numbers(*item) for item in zip(image, mask)]
-            positions += position.tolist()
+            positions += position
     assert positions == list(range(start, start + 36)) and got == whole
 
 
-def test_loader_workers_give_the_same_stream(make_cases, tmp_path, monkeypatch):
-    make_cases(tmp_path, 5, raters=3)
-    kept = ShuffledCases(SegmentationCases(tmp_path, SIZE), seed=7)
-    monkeypatch.setattr(datasets, "CACHE_BYTES", 0)
-    read_again = ShuffledCases(SegmentationCases(tmp_path, SIZE), seed=7)
-    assert not read_again.cases.in_memory
-    a, b = kept.batches(2, start=4), read_again.batches(2, start=4)
-    for _ in range(7):
-        for one, other in zip(next(a), next(b)):
-            assert torch.equal(one, other)
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 11])
+def test_batches_as_floats_are_the_items(mixed, open_large, large, batch_size):
+    cases = (open_large if large else SegmentationCases)(mixed, SIZE)
+    by_bytes = {case.masks[rater].tobytes(): (case, rater) for case in cases for rater in range(len(case.masks))}
+    kinds, seen = set(), set()
+    for image, mask, positions in itertools.islice(ShuffledCases(cases, 2).batches(batch_size), 33 // batch_size):
+        kinds.add((image.dtype, image.shape[1]))
+        assert mask.dtype == torch.uint8 and mask.shape == (batch_size, 1, SIZE, SIZE) and mask.max() <= 1
+        image, mask = to_floats(image, mask, 4, torch.device("cpu"))
+        assert image.dtype == mask.dtype == torch.float32 and image.shape == (batch_size, 4, SIZE, SIZE)
+        for one, outline in zip(image, mask):
+            case, rater = by_bytes[outline[0].bool().numpy().tobytes()]
+            np.testing.assert_allclose(one, case.image, atol=1e-6)
+            assert np.array_equal(outline[0], case.masks[rater])
+            seen.add(case.name)
+    assert len(seen) == 11 and len(kinds) == {1: 4, 2: len(kinds), 11: 1}[batch_size]
+    assert (torch.uint16, 4) in kinds
+
+
+def test_threads_read_the_stream_as_one_reader_does():
+    n, positions = 3, range(904)
+    expected = [numbers(*ShuffledCases(Numbered(n, 4), seed=5)[p]) for p in positions]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(5):
+            stream = ShuffledCases(Numbered(n, 4), seed=5)
+            with ThreadPoolExecutor(8) as pool:
+                parts = list(pool.map(lambda part, stream=stream: [numbers(*stream[p]) for p in part],
+                                      [positions[k::8] for k in range(8)]))
+            assert [parts[p % 8][p // 8] for p in positions] == expected
+    finally:
+        sys.setswitchinterval(interval)
+
+
+# ---- reading ahead ----
+
+def test_reading_ahead_keeps_the_order():
+    rng = random.Random(0)
+    delays = [rng.choice([0, 0.001, 0.005]) for _ in range(100)]
+
+    def read(i):
+        time.sleep(delays[i])
+        return i * i
+
+    assert list(read_ahead(read, range(100))) == [i * i for i in range(100)]
+    assert list(read_ahead(read, [])) == []
+
+
+def test_reading_ahead_stays_a_few_ahead():
+    read = []
+    results = read_ahead(lambda i: read.append(i) or i, itertools.count())
+    for taken in range(1, 200):
+        assert next(results) == taken - 1
+        assert len(read) - taken <= 2 * min(8, os.cpu_count())
+    deadline = time.monotonic() + 30
+    while len(read) == taken and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(read) > taken  # though nobody has asked for it yet
+
+
+def test_an_error_while_reading_ahead_reaches_the_reader_in_its_place():
+    before = set(threading.enumerate())
+
+    def read(i):
+        if i == 40:
+            raise InputError("40 is bad")
+        return i
+
+    results = read_ahead(read, itertools.count())
+    assert list(itertools.islice(results, 40)) == list(range(40))
+    with pytest.raises(InputError, match="40 is bad"):
+        next(results)
+    assert list(results) == [] and set(threading.enumerate()) <= before
+
+
+def test_an_error_of_what_is_to_be_read_reaches_the_reader():
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead(str, (1 // (50 - i) for i in range(100))))
+
+
+def test_closing_ends_the_threads_that_read_ahead():
+    before, read = set(threading.enumerate()), []
+    results = read_ahead(lambda i: time.sleep(0.002) or read.append(i), itertools.count())
+    next(results)
+    assert set(threading.enumerate()) - before
+    results.close()
+    assert set(threading.enumerate()) <= before
+    count = len(read)
+    time.sleep(0.02)
+    assert len(read) == count
+
+
+def test_training_batches_end_their_threads_when_closed(mixed):
+    before = set(threading.enumerate())
+    batches = ShuffledCases(SegmentationCases(mixed, SIZE)).batches(2)
+    next(batches)
+    batches.close()
+    assert set(threading.enumerate()) <= before

@@ -1,12 +1,18 @@
 """Flags -> objects: what they build, and what is said about those that cannot be."""
 
+import copy
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import refusal
 
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from guided_diffusion.script_util import (
-    create_encoders, create_gaussian_diffusion, create_model, create_model_and_diffusion,
+    compile_network, create_encoders, create_gaussian_diffusion, create_model, create_model_and_diffusion,
 )
 
 TINY = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8",
@@ -118,3 +124,61 @@ def test_encoders_follow_their_flags():
                                          (dict(input_channels_dist=5), "--input_channels_dist 5")])
 def test_impossible_encoders_are_refused_by_flag(flags, word):
     assert word in refusal(create_encoders, **flags)
+
+
+# ---- --compile ----
+
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler here, which torch.compile needs on a CPU")
+def test_compiled_network_computes_the_same_under_the_same_names(capsys, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # restored afterwards
+    torch.manual_seed(0)
+    model = create_model(**TINY).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    inputs, names = (torch.rand(2, 1, 16, 16), torch.tensor([3, 5]), torch.rand(2, 4, 16, 16)), list(model.state_dict())
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(*inputs)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        compile_network(model, torch.device("cpu"))
+        got = model(*inputs)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs + 1  # the trial's and the network's
+        assert "compiles the U-Net" in capsys.readouterr().out and expected.std() > 0.01
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+        assert list(model.state_dict()) == names
+        copied = copy.deepcopy(model)
+        torch.testing.assert_close(copied(*inputs), expected, atol=1e-5, rtol=0)
+        copied.out[2].bias.add_(1)
+        torch.testing.assert_close(copied(*inputs), expected + 1, atol=1e-5, rtol=0)
+        before.load_state_dict(model.state_dict())
+        assert torch.equal(model(*inputs), got)  # its copy is another network
+    torch._dynamo.reset()
+
+
+WITHOUT_COMPILER = """
+import torch
+from guided_diffusion.script_util import compile_network, create_model
+
+model = create_model(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=1,
+                     attention_resolutions="8").eval()
+for p in model.parameters():
+    torch.nn.init.normal_(p, std=0.05)
+inputs = torch.rand(2, 1, 16, 16), torch.tensor([3, 5]), torch.rand(2, 4, 16, 16)
+with torch.no_grad():
+    expected = model(*inputs)
+    compile_network(model, torch.device("cpu"))
+    assert torch.equal(model(*inputs), expected) and expected.std() > 0.01
+"""
+
+
+def test_without_a_compiler_the_network_stays_as_it_is_and_one_line_says_so(environment, tmp_path):
+    (tmp_path / "bin").mkdir()
+    environment.update(CXX="/nonexistent", PATH=str(tmp_path / "bin"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True,
+                          timeout=200)
+    assert done.returncode == 0, done.stderr
+    line, = done.stdout.splitlines()
+    assert line.startswith("--compile: goes on without") and done.stderr == ""

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch.distributions import kl_divergence
 
 from guided_diffusion import checkpoint
-from guided_diffusion.datasets import Case, ShuffledCases
+from guided_diffusion.datasets import Case, ShuffledCases, to_floats
 from guided_diffusion.errors import InputError
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
@@ -23,9 +24,11 @@ SIZE = 16
 
 
 class Memory(list):
-    """Cases that are in memory, as SegmentationCases would hand them out."""
+    """Cases in memory, as SegmentationCases would hand them out."""
 
-    in_memory = True
+    def compact(self, i):
+        return (np.round(self[i].image * 255).astype(np.uint8),
+                np.packbits(self[i].masks.reshape(len(self[i].masks), -1), axis=1))
 
 
 def make_cases(count=5, raters=3, seed=0):
@@ -54,6 +57,12 @@ def make_loop(folder, cimd=None, cases=None, sampler=None, seed=0, **options):
     return TrainLoop(cimd=cimd, data=ShuffledCases(cases or make_cases(), seed), seed=seed, results_dir=folder,
                      schedule_sampler=sampler or UniformSampler(cimd.diffusion.num_timesteps), monitor=Monitor(0),
                      **{"batch_size": 2, **options})
+
+
+def next_floats(batches):
+    """The next batch of a stream as run_step takes it."""
+    image, mask, positions = next(batches)
+    return *to_floats(image, mask, 1, torch.device("cpu")), positions
 
 
 def awake(cimd, seed=0):
@@ -222,7 +231,7 @@ def test_moving_averages_follow_their_closed_form(tmp_path):
     start, history = weights(loop.cimd.model), []
     batches = loop.data.batches(2)
     for _ in range(4):
-        loop.run_step(*next(batches))
+        loop.run_step(*next_floats(batches))
         history.append(weights(loop.cimd.model))
     for rate in (0.5, 0.9, 0.9999):
         average = loop.ema[str(rate)].state_dict()
@@ -246,7 +255,7 @@ def drawn(folder, positions, seed=0):
 
     loop.forward_backward = forward_backward
     empty = torch.zeros(len(positions), 1, 4, 4)
-    loop.run_step(empty, empty, torch.tensor(positions))
+    loop.run_step(empty, empty, list(positions))
     return result
 
 
@@ -288,9 +297,9 @@ def test_batches_of_two_ranks_are_together_those_of_one_with_twice_the_size():
     for step in range(5):
         image, mask, position = next(one)
         parts = [next(part) for part in two]
-        for i, whole in enumerate((image, mask, position)):
+        for i, whole in enumerate((image, mask)):
             assert torch.equal(torch.cat([part[i] for part in parts]), whole)
-        assert position.tolist() == [*range(12 + 6 * step, 18 + 6 * step)]
+        assert position == parts[0][2] + parts[1][2] == [*range(12 + 6 * step, 18 + 6 * step)]
 
 
 # ---- the loop ----
@@ -345,9 +354,35 @@ def test_log_has_means_of_each_loss_and_of_its_quartiles(tmp_path, monkeypatch):
     assert [step for step, _ in lines] == [2, 4, 5]
     for step, values in lines:
         assert {"loss", "mse", "vb", "kl", "lr", "images_per_second"} <= values.keys()
+        assert 0 <= values["waiting_for_data"] <= 1
         assert values["samples"] == 4 * step
         assert values["loss"] == pytest.approx(values["mse"] + values["vb"] + 0.001 * values["kl"], rel=1e-5)
         assert min(v for k, v in values.items() if k.startswith("mse_q")) <= values["mse"]
+
+
+def test_log_has_the_share_of_the_time_spent_waiting_for_data(tmp_path, monkeypatch):
+    loop = make_loop(tmp_path, batch_size=1, log_interval=4, max_steps=12)
+    times, slept, shares = [time.perf_counter()], [0.0], []
+    batches = loop.data.batches
+
+    def slow(*args):
+        for i, batch in enumerate(batches(*args)):
+            start = time.perf_counter()
+            time.sleep(0.02 if i < 8 else 0.2)
+            slept[-1] += time.perf_counter() - start
+            yield batch
+
+    def dump(values, step):
+        times.append(time.perf_counter())
+        slept.append(0.0)
+        shares.append(values["waiting_for_data"])
+
+    monkeypatch.setattr(loop.data, "batches", slow)
+    monkeypatch.setattr("guided_diffusion.logger.dump", dump)
+    loop.run_loop()
+    expected = np.array(slept[:3]) / np.diff(times)
+    np.testing.assert_allclose(shares, expected, atol=0.15)
+    assert 0 < shares[1] < shares[2] < 1
 
 
 def test_meter_averages_weighted_losses_by_quartile_of_the_timestep(tmp_path):
@@ -377,7 +412,7 @@ def test_loss_aware_sampler_learns_from_the_unweighted_losses(tmp_path):
     loop.forward_backward = forward_backward
     batches = loop.data.batches(4)
     for _ in range(8):
-        loop.run_step(*next(batches))
+        loop.run_step(*next_floats(batches))
     assert {t: sampler.history[t, 0] for t in range(4)} == dict(drawn)  # the last loss of each timestep
     assert any(uneven)
 
@@ -490,7 +525,7 @@ def test_bfloat16_trains_float32_weights(tmp_path):
     torch.testing.assert_close(half.forward_backward(*batch()), full.forward_backward(*batch()), rtol=0.02, atol=0.02)
     batches = half.data.batches(5)
     for _ in range(4):
-        half.run_step(*next(batches))
+        half.run_step(*next_floats(batches))
     assert set(kinds) == {torch.bfloat16}
     for name, value in cimd.state_dict().items():
         assert value.dtype == torch.float32 and value.isfinite().all()
