@@ -27,12 +27,14 @@ def run_script(name, *flags):
         sys.exit(done.returncode)
 
 
-def load_sampler(model_path, respacing, seed=0, batch_size=64, sampler="ancestral"):
-    """An EnsembleSampler of a checkpoint with flags.json beside it, walking a --timestep_respacing."""
+def load_sampler(model_path, respacing, seed=0, batch_size=64, sampler="ancestral", bf16=None):
+    """An EnsembleSampler of a checkpoint with flags.json beside it, walking a --timestep_respacing; in bfloat16 where
+    that is fast, unless told."""
     flags = {**checkpoint.load_flags(checkpoint.folder_of(model_path)), "timestep_respacing": respacing}
     known = script_util.model_and_diffusion_defaults()
     model, diffusion = script_util.create_model_and_diffusion(**{k: v for k, v in flags.items() if k in known})
     checkpoint.load_model(model, model_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval().convert_for_sampling(torch.bfloat16 if fast_bf16() else None)
+    dtype = torch.bfloat16 if bf16 or bf16 is None and fast_bf16() else None
+    model = model.to(device).eval().convert_for_sampling(dtype)
     return EnsembleSampler(model, diffusion, batch_size=batch_size, seed=seed, sampler=sampler)

@@ -4,7 +4,7 @@
 
 GED and HM-IoU against the raters; on phantoms, which come with their true distribution, excess GED as well (see
 phantom.py). All settings draw for the same cases, so each is also compared case by case with --reference: the mean
-difference in GED, with its interval, is far sharper than the intervals of both. Rows are kept in --output_dir as they
+difference, with its interval, is far sharper than the intervals of both. Rows are kept in --output_dir as they
 come (steps.json), so a run that was stopped goes on; at the end table.md and steps.png are written.
 """
 
@@ -37,11 +37,12 @@ def main():
         for spacing in args.spacings.split(","):
             for calls in map(int, args.calls.split(",")):
                 steps = (calls + 1) // 2 if sampler == "heun" else calls
-                name = f"{sampler} {spacing}{steps}"
+                shown, walk = sampler + (" float32" if args.float32 else ""), f"{spacing}{steps}"
+                name = f"{shown} {walk}"
                 count = args.num_cases if calls < 100 else min(args.num_cases, args.long_cases)
                 if name not in rows:
-                    rows[name] = {"sampler": sampler, "spacing": spacing, "calls": SAMPLERS[sampler][1](steps),
-                                  **score(args, cases, count, sampler, f"{spacing}{steps}", name)}
+                    rows[name] = {"sampler": shown, "spacing": spacing, "calls": SAMPLERS[sampler][1](steps),
+                                  **score(args, cases, count, sampler, walk, name)}
                     checkpoint.write_bytes(stored, json.dumps(rows, indent=1).encode())
                     print(name, {k: cell(v) for k, v in rows[name].items() if isinstance(v, dict)}, flush=True)
     report(args, folder, rows)
@@ -63,6 +64,7 @@ def parse_args():
                         help="network calls a mask (default %(default)s)")
     parser.add_argument("--reference", default="ancestral uniform100",
                         help="row that the others are compared with (default %(default)s)")
+    parser.add_argument("--float32", action="store_true", help="compute in float32 where the machine is faster in bf16")
     parser.add_argument("--batch_size", type=int, default=64, help="masks drawn at once (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--output_dir", default="results/steps", help="default %(default)s")
@@ -72,7 +74,8 @@ def parse_args():
 def score(args, cases, count, sampler, respacing, name):
     chosen = [i * len(cases) // args.num_cases for i in range(args.num_cases)]
     chosen = [chosen[i * args.num_cases // count] for i in range(count)]
-    drawn = load_sampler(args.model_path, respacing, args.seed, args.batch_size, sampler=sampler)
+    drawn = load_sampler(args.model_path, respacing, args.seed, args.batch_size, sampler=sampler,
+                         bf16=False if args.float32 else None)
     values = {}
     bar = tqdm(drawn.ensembles((cases[i] for i in chosen), args.num_ensemble), name, count, unit=" cases", leave=False)
     patients = []
@@ -89,7 +92,7 @@ def score(args, cases, count, sampler, respacing, name):
         for key, value in scores.items():
             values.setdefault(key, []).append(value)
         patients.append(metrics.patient_of(case.name))
-    return {"patients": patients, "case": chosen, "GED_values": values["GED"], **intervals(values, patients)}
+    return {"patients": patients, "case": chosen, "values": values, **intervals(values, patients)}
 
 
 def intervals(values, patients):
@@ -98,11 +101,11 @@ def intervals(values, patients):
     return {key: {"mean": float(m), "low": float(lo), "high": float(hi)} for key, m, lo, hi in zip(values, *found)}
 
 
-def against(reference, row):
-    """Mean of a row's GED less the reference's over the cases that both have, as a word."""
-    theirs = dict(zip(reference["case"], reference["GED_values"]))
-    pairs = [(patient, ged - theirs[case]) for patient, case, ged in zip(
-        row["patients"], row["case"], row["GED_values"]) if case in theirs]
+def against(reference, row, key):
+    """Mean of a row's scores less the reference's over the cases that both have, as a word."""
+    theirs = dict(zip(reference["case"], reference["values"][key]))
+    pairs = [(patient, value - theirs[case]) for patient, case, value in zip(
+        row["patients"], row["case"], row["values"][key]) if case in theirs]
     patients, differences = zip(*pairs)
     found = intervals({"difference": differences}, patients)["difference"]
     return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
@@ -110,13 +113,14 @@ def against(reference, row):
 
 def report(args, folder, rows):
     keys = [key for key in ("GED", "HM_IoU", "excess_GED") if key in next(iter(rows.values()))]
+    compared = keys[:2] if args.reference in rows else []
     table = [["sampler", "timesteps", "network calls a mask", "cases",
               *(f"{key}_{args.num_ensemble}" if key != "excess_GED" else "excess GED" for key in keys),
-              f"GED less that of {args.reference}"]]
-    reference = rows.get(args.reference)
+              *(f"{key} less that of {args.reference}" for key in compared)]]
     for row in rows.values():
         table.append([row["sampler"], row["spacing"], str(row["calls"]), str(len(row["case"])),
-                      *(cell(row[key]) for key in keys), against(reference, row) if reference else ""])
+                      *(cell(row[key]) for key in keys),
+                      *(against(rows[args.reference], row, key) for key in compared)])
     for name, data in (("table.md", (markdown(table) + "\n").encode()), ("steps.png", draw(rows, keys))):
         checkpoint.write_bytes(folder / name, data)
     print(f"{markdown(table)}\n\nwritten to {folder}: steps.json, table.md, steps.png")
