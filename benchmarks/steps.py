@@ -44,7 +44,8 @@ def main():
                     rows[name] = {"sampler": shown, "spacing": spacing, "calls": SAMPLERS[sampler][1](steps),
                                   **score(args, cases, count, sampler, walk, name)}
                     checkpoint.write_bytes(stored, json.dumps(rows, indent=1).encode())
-                    print(name, {k: cell(v) for k, v in rows[name].items() if isinstance(v, dict)}, flush=True)
+                    print(name, {k: cell(v) for k, v in rows[name].items() if k in ("GED", "HM_IoU", "excess_GED")},
+                          flush=True)
     report(args, folder, rows)
 
 
@@ -113,7 +114,8 @@ def against(reference, row, key):
 
 def report(args, folder, rows):
     keys = [key for key in ("GED", "HM_IoU", "excess_GED") if key in next(iter(rows.values()))]
-    compared = keys[:2] if args.reference in rows else []
+    whole = [key for key in keys[:2] if all(key in row["values"] for row in rows.values())]
+    compared = whole if args.reference in rows else []
     table = [["sampler", "timesteps", "network calls a mask", "cases",
               *(f"{key}_{args.num_ensemble}" if key != "excess_GED" else "excess GED" for key in keys),
               *(f"{key} less that of {args.reference}" for key in compared)]]

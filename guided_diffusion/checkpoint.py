@@ -9,15 +9,20 @@ In a results folder (a local path, or gs:// or az:// through blobfile), step in 
     flags.json                     the flags the model was built with
 """
 
+import concurrent.futures
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from . import logger
 from .errors import InputError
 
 FLAGS_FILE = "flags.json"
@@ -82,6 +87,13 @@ def read_bytes(path):
     return Path(path).read_bytes()
 
 
+def remove(path):
+    if is_remote(path):
+        _blobfile().remove(str(path))
+    else:
+        os.unlink(path)
+
+
 def write_bytes(path, data):
     """Write a file that appears whole or not at all."""
     if is_remote(path):  # an object appears when its upload is complete
@@ -109,17 +121,89 @@ def save(path, state):
     write_bytes(path, buffer.getvalue())
 
 
+class Saver:
+    """Writes checkpoints on a thread of its own, from copies, while training goes on.
+
+    What cannot be written is logged, and no reason to stop: see `problem`. Once a checkpoint is whole, all but the
+    newest `keep` of the folder are removed (0: none is).
+
+    :param last: the step up to which nothing needs to be saved.
+    """
+
+    def __init__(self, folder, keep=0, last=0):
+        self.folder, self.keep = folder, keep
+        self.last, self.problem = last, ""  # the newest step that is whole, and why the one after it is not
+        self.pool, self.job = ThreadPoolExecutor(1), None
+
+    def begin(self, step, files):
+        """Copy the states {name: state}, then write them in this order; waits only for what is still being written."""
+        self.wait()
+        copies = {id(state): _copied(state) for state in files.values()}
+        self.job = step, self.pool.submit(self._write, {name: copies[id(state)] for name, state in files.items()})
+
+    def wait(self):
+        """Wait until nothing is being written any more."""
+        if self.job:
+            concurrent.futures.wait([self.job[1]])
+        self.poll()
+
+    def poll(self):
+        """Log what has come of the writing, if it is over."""
+        if not self.job or not self.job[1].done():
+            return
+        (step, future), self.job = self.job, None
+        if future.exception():
+            self.problem = f"step {step} could not be saved in {self.folder} ({future.exception()})"
+            logger.log(f"{self.problem}; training goes on, and saving is tried again")
+        else:
+            self.last, self.problem = step, ""
+            logger.log(f"saved step {step} in {self.folder}")
+
+    def _write(self, files):
+        written = []
+        try:
+            for name, state in files.items():
+                save(join(self.folder, name), state)
+                written.append(name)
+        except BaseException:
+            self._remove(written)  # a part of a checkpoint only takes space
+            raise
+        for old in steps_in(self.folder)[:-self.keep] if self.keep else ():
+            self._remove(_files_of(self.folder, old))
+
+    def _remove(self, names):
+        for name in names:
+            with contextlib.suppress(Exception):
+                remove(join(self.folder, name))
+
+
+def _copied(state):
+    """The same, with CPU copies of its tensors."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return type(state)(map(_copied, state)) if isinstance(state, (list, tuple)) else state
+
+
 def load(path, flag="--model_path"):
     """Read what `save` or any torch.save wrote, onto the CPU; weights only, so no code in the file can run.
 
-    :raises InputError: if the file is missing, truncated, or not a checkpoint.
+    :raises InputError: if the file is missing, truncated, not a checkpoint, or does not agree with its checksums.
     """
     if not exists(path):
         raise InputError(f"{flag} {path}: no such file")
     if not is_remote(path) and os.path.isdir(path):
         raise InputError(f"{flag} {path}: is a folder; name the .pt file in it")
     try:
-        return torch.load(io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
+        data = io.BytesIO(read_bytes(path))
+        if zipfile.is_zipfile(data):  # as all that torch has saved since 2020: with a CRC-32 of every tensor
+            with zipfile.ZipFile(data) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"{damaged} does not agree with its checksum")
+        data.seek(0)
+        return torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises almost anything on a damaged file
         reason = str(error).strip().split("\n")[0].split(". ")[0][:150]
         raise InputError(f"{flag} {path}: is truncated, damaged, or not a checkpoint of weights"
@@ -154,12 +238,30 @@ def load_state(model, state, what):
 
 def steps_in(folder):
     """The steps of all complete checkpoints of a folder, ascending."""
-    if is_remote(folder):
-        names = set(_blobfile().listdir(str(folder))) if exists(folder) else set()
-    else:
-        names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    names = _names(folder)
     steps = [int(match[1]) for name in names if (match := re.fullmatch(r"savedmodel(\d{6,})\.pt", name))]
     return sorted(step for step in steps if opt_name(step) in names)
+
+
+def damages(folder, step):
+    """What is wrong with the files of a checkpoint, as a list of strings."""
+    problems = []
+    for name in _files_of(folder, step):
+        try:
+            load(join(folder, name), "checkpoint")
+        except InputError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _files_of(folder, step):
+    return sorted(name for name in _names(folder) if re.fullmatch(rf"(opt|ema)?savedmodel(_.+_)?{step:06d}\.pt", name))
+
+
+def _names(folder):
+    if is_remote(folder):
+        return set(_blobfile().listdir(str(folder))) if exists(folder) else set()
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
 def step_of(path):

@@ -85,21 +85,30 @@ def parse_flags(job, description, argv=None):
 def _check_ranges(job, args, given):
     values = vars(args)
     for flag in FLAGS:
-        value = values[flag.name] if flag.group in JOBS[job] else "auto"
-        if flag.least is not None and value != "auto" and not value >= flag.least:
-            raise InputError(f"--{flag.name} {values[flag.name]}: must be at least {flag.least}")
+        value = values[flag.name] if flag.group in JOBS[job] else None
+        if not isinstance(value, (int, float)):
+            continue
+        if flag.least is not None and not value >= flag.least:
+            raise InputError(f"--{flag.name} {value}: must be at least {flag.least}")
+        if not abs(value) <= flag.most:  # nor is nan
+            raise InputError(f"--{flag.name} {value}: must be a number of at most {flag.most}")
     if values.get("median_blur") and values["median_blur"] % 2 == 0:
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
     if job == "sampling":
         choose_sampler(args, given)
-    if values.get("ddim_eta", 0) > 1 or values.get("dropout", 0) >= 1:
-        raise InputError("--ddim_eta must be at most 1 and --dropout below 1")
+    if values.get("dropout", 0) >= 1:
+        raise InputError(f"--dropout {args.dropout}: must be below 1")
+    if values.get("fp16_scale_growth", 1) <= 0:
+        raise InputError(f"--fp16_scale_growth {args.fp16_scale_growth}: must be above 0")
     if values.get("microbatch", -1) != -1 and values["microbatch"] < 1:
         raise InputError(f"--microbatch {args.microbatch}: must be at least 1, or -1 for whole batches")
     if values.get("class_cond"):
         raise InputError("--class_cond True: cases hold no class labels; use create_model(class_cond=True) from Python")
     if values.get("use_fp16") and values.get("use_bf16"):
         raise InputError("--use_fp16 and --use_bf16: choose one")
+    for name, kind, most in (("channel_mult", float, 1024), ("num_filters", int, 65536)):
+        if not all(0 < number <= most for number in parse_numbers(kind, values.get(name, ""), name)):
+            raise InputError(f"--{name} {values[name]}: every number must be above 0 and at most {most}")
     if "ema_rate" in values:
         rates = parse_numbers(float, args.ema_rate, "ema_rate")
         if not rates or not all(0 <= rate < 1 for rate in rates):

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
+import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from . import decoded_file
+from . import decoded_file, pictures
 from .dist_util import to_device
 from .errors import InputError, raise_problems
 
@@ -27,6 +28,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png"}
 FITS = ("error", "resize", "crop")
 MEMORY_BYTES = 4 << 30  # decoded data sets up to this size are kept in memory, larger ones in a file beside the data
 JPEG_RINGING = 32  # an empty JPEG label may hold values up to about this, of 255
+MAX_NAME_BYTES = 200  # of a case, so that the names of its results are none too long for a file system
+_UNSAFE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, bytes that are no UTF-8
 
 
 class Case(NamedTuple):
@@ -165,15 +168,23 @@ class ShuffledCases:
 
     def __getitem__(self, position):
         """Image [c, S, S] uint8 or uint16 and mask [1, S, S] uint8, 0 or 1, of one place in the stream."""
+        image, masks = self.cases.compact(self._number(position))
+        rater = np.random.default_rng([self.seed, 1, position]).integers(len(masks))
+        pixels = image.shape[1:]
+        return image, np.unpackbits(masks[rater], count=pixels[0] * pixels[1]).reshape(1, *pixels)
+
+    def case_name(self, position):
+        """The name of the case at one place in the stream."""
+        return self.cases.cases[self._number(position)].name
+
+    def _number(self, position):
+        """The number of the case at one place in the stream."""
         epoch, place = divmod(position, len(self.cases))
         known, order = self._shuffled
         if epoch != known:
             order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.cases))
             self._shuffled = epoch, order
-        image, masks = self.cases.compact(int(order[place]))
-        rater = np.random.default_rng([self.seed, 1, position]).integers(len(masks))
-        pixels = image.shape[1:]
-        return image, np.unpackbits(masks[rater], count=pixels[0] * pixels[1]).reshape(1, *pixels)
+        return int(order[place])
 
     def batches(self, batch_size, rank=0, world_size=1, start=0):
         """Endless batches of this rank: image [N, c, S, S] uint8 or uint16, mask [N, 1, S, S] uint8, and the list of
@@ -218,28 +229,55 @@ def read_ahead(read, items):
 
 
 def find_cases(data_dir):
-    """The case folders under data_dir, sorted by name: every folder that holds files or nothing at all."""
+    """The case folders under data_dir, sorted by name: every folder that holds files or nothing at all.
+
+    :raises InputError: naming every folder that cannot be listed, and every name that results cannot be called by.
+    """
     root = Path(data_dir)
-    if not root.is_dir():
+    if not os.path.isdir(data_dir):
         raise InputError(f"--data_dir {data_dir}: no such folder")
-    cases = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    cases, problems = {}, []
+
+    def unlisted(error):
+        problems.append(f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or remove it")
+
+    for folder, subfolders, names in os.walk(root, onerror=unlisted, followlinks=True):
+        folder = Path(folder)
+        if folder.is_symlink() and any(folder.samefile(parent) for parent in folder.parents):
+            problems.append(f"{folder}: is a link to a folder that it lies in; remove it")
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files = sorted(Path(folder, name) for name in names
-                       if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES)
-        if Path(folder) == root or (subfolders and not files):
+        paths = sorted(folder / name for name in names if not name.startswith("."))
+        files = [path for path in paths if path.suffix.lower() in SUFFIXES]
+        problems += [f"{path}: is a link to nothing; mend it, or remove it" for path in paths
+                     if path.suffix.lower() not in SUFFIXES and path.is_symlink() and not path.exists()]
+        if folder == root or (subfolders and not files):
             continue
         images = [path for path in files if _kind(path) == "image"]
         labels = [path for path in files if re.fullmatch(r"label\d+", _kind(path))]
         labels.sort(key=lambda path: int(_kind(path)[5:]))
-        cases.append(_Files("_".join(Path(folder).relative_to(root).parts), Path(folder), images, labels))
+        case = _Files("_".join(folder.relative_to(root).parts), folder, images, labels)
+        problems += _wrong_names(case)
+        same = cases.setdefault(unicodedata.normalize("NFC", case.name), case)
+        if same is not case:
+            problems.append(f"{folder}: names the same case as {same.folder}; rename one")
+    raise_problems(problems, data_dir)
     if not cases:
         raise InputError(f"--data_dir {data_dir}: holds no case; each case is a folder with an image_<n>.jpg and"
                          f" label0_.jpg, label1_.jpg, ...")
-    cases.sort(key=lambda files: files.name)
-    raise_problems([f"{second.folder}: names the same case as {first.folder}; rename one"
-                    for first, second in zip(cases, cases[1:]) if first.name == second.name], data_dir)
-    return cases
+    return sorted(cases.values(), key=lambda case: case.name)
+
+
+def _wrong_names(case):
+    """What is wrong with the names of a case and its files."""
+    wrong = [case.folder] if _UNSAFE.search(case.name) else [path for path in (*case.images, *case.labels)
+                                                             if _UNSAFE.search(path.name)]
+    if not wrong and len(case.name.encode()) > MAX_NAME_BYTES:
+        return [f"{case.folder}: names its case by {len(case.name.encode())} bytes; rename it, since the files of"
+                f" results need names of at most {MAX_NAME_BYTES}"]
+    return [f"{str(path)!r}: has control characters in its name, or bytes that are not UTF-8; rename it"
+            for path in wrong]  # quoted, so that the message stays one line
 
 
 def read_case(files, need_labels=True):
@@ -283,27 +321,9 @@ def _kind(path):
     return path.stem.split("_")[0].lower()
 
 
-def decode(path):
-    """One picture as an array: [H, W] or [H, W, 3], uint8 or uint16."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            if picture.mode == "F":
-                raise InputError(f"{path}: holds floating-point numbers; write it with 8 or 16 bits")
-            if picture.mode.startswith("I"):  # 16-bit grey; Pillow holds some of it in 32 bits
-                return np.asarray(picture).clip(0, 65535).astype(np.uint16)
-            if picture.mode in ("1", "L", "LA"):
-                return np.asarray(picture.convert("L"))
-            return np.asarray(picture.convert("RGB"))
-    except Image.DecompressionBombError:
-        raise InputError(f"{path}: claims to be larger than any image this reads; replace it") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); replace it or remove its case") from None
-
-
 def _read_image(path):
     """[c, H, W], uint8 or uint16; a colour picture whose channels are all equal counts as grey."""
-    pixels = decode(path)
+    pixels = pictures.decode(path)
     if pixels.ndim == 3:
         if (pixels == pixels[..., :1]).all():
             return pixels[None, ..., 0]
@@ -337,7 +357,7 @@ def _widen(parts):
 
 def _read_label(path, size, image_path):
     """[H, W] bool: foreground is above half of full scale."""
-    pixels = decode(path)
+    pixels = pictures.decode(path)
     if pixels.ndim == 3:
         pixels = pixels.max(axis=2)
     if pixels.shape != size:
@@ -346,7 +366,7 @@ def _read_label(path, size, image_path):
     full = np.iinfo(pixels.dtype).max
     mask = pixels > full // 2
     brightest = int(pixels.max(initial=0))
-    if not mask.any() and brightest > (JPEG_RINGING if path.suffix.lower() != ".png" else 0):
+    if brightest and not mask.any() and brightest > (JPEG_RINGING if pictures.format_of(path) == "JPEG" else 0):
         raise InputError(f"{path}: its brightest value is {brightest} of {full}, so nothing of it is foreground"
                          f" (above half); write masks as 0 and {full}")
     return mask

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from . import datasets
+from . import datasets, pictures
 from .errors import InputError, raise_problems
 
 JPEG_RINGING = 64  # grey levels of 255 by which a mask saved as JPEG may be off
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")  # of masks, which any program may have written
 
 
 class EnsembleFolder:
@@ -29,7 +30,10 @@ class EnsembleFolder:
             fields = [[], []]
         if sorted(sum(fields, [])) != ["case", "i"] or "i" not in fields[1]:
             raise InputError(f"--pattern {pattern}: must hold {{case}} and, in the file's name, {{i}}, each once, as in"
-                             f" {{case}}_output{{i}}.png or {{case}}/{{i}}.png")
+                             f" {{case}}_output{{i}}.png or {{case}}/{{i:03d}}.png")
+        if pattern.startswith("/") or ".." in pattern.split("/"):
+            raise InputError(f"--pattern {pattern}: leads out of --samples_dir; give that folder as --samples_dir, and"
+                             f" the rest as --pattern")
         if not os.path.isdir(folder):
             raise InputError(f"--samples_dir {folder}: no such folder on this machine")
         self._listed = {}
@@ -53,7 +57,7 @@ class EnsembleFolder:
                 problems.append(f"{case}: no masks to score, such as {self.pattern.format(case=case, i=0)}, in"
                                 f" {self.folder}; sample it, or give --skip_missing True")
         if not found and all("no masks to score" in problem for problem in problems):
-            names = sorted(os.listdir(self.folder))
+            names = sorted(_names(self.folder))
             holds = f"holds {', '.join(names[:3])}{' ...' if names[3:] else ''}" if names else "is empty"
             problems = [f"--pattern {self.pattern}: matches no file of any case in {self.folder}, which {holds}"]
         raise_problems(problems, self.folder)
@@ -63,7 +67,7 @@ class EnsembleFolder:
         folder, _, name = self.pattern.rpartition("/")
         folder = Path(self.folder, folder.format(case=case))
         if folder not in self._listed:
-            self._listed[folder] = os.listdir(folder) if folder.is_dir() else []
+            self._listed[folder] = _names(folder)
         parts = [re.escape(text) + {"case": re.escape(case), "i": r"(\d+)"}.get(field, "")
                  for text, field, _, _ in string.Formatter().parse(name)]
         matches = (re.fullmatch("".join(parts), name) for name in self._listed[folder])
@@ -78,7 +82,20 @@ class EnsembleFolder:
 
 
 def _fields(pattern):
-    return [field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None]
+    """The fields of a pattern; ValueError for a format other than the number of digits of {i}."""
+    fields = [part[1:] for part in string.Formatter().parse(pattern) if part[1] is not None]
+    for field, width, conversion in fields:
+        if conversion or not re.fullmatch(r"(\d{1,2})?d?" if field == "i" else "", width):
+            raise ValueError(width)
+    return [field for field, _, _ in fields]
+
+
+def _names(folder):
+    """What is in a folder; nothing if there is none."""
+    try:
+        return os.listdir(folder) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise InputError(f"--samples_dir: {folder} cannot be listed ({error.strerror}); make it readable") from None
 
 
 def read_scored_case(files, members, fit):
@@ -108,7 +125,7 @@ def read_scored_case(files, members, fit):
 
 def _read_mask(path, case):
     """[H, W] bool: 0 and one other value, or, in a JPEG, black and white with ringing."""
-    pixels = datasets.decode(path)
+    pixels = pictures.decode(path, FORMATS)
     if pixels.ndim == 3:
         pixels = pixels.max(axis=2)
     if path.suffix.lower() in (".jpg", ".jpeg"):

@@ -1,13 +1,17 @@
 """Text and numbers of a run: to the terminal, log.txt, progress.csv, progress.json (JSON lines) and TensorBoard.
 
-Only rank 0 writes. Nothing here is set up by importing it; before `configure`, `log` prints.
+Only rank 0 writes. Nothing here is set up by importing it; before `configure`, `log` prints. A full disk costs lines of
+the files, not the run.
 """
 
+import contextlib
 import csv
 import json
 import os
 import time
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 
 class Logger:
@@ -24,36 +28,37 @@ class Logger:
 
     def log(self, *parts):
         if self.enabled:
-            line = " ".join(map(str, parts))
-            print(line, flush=True)
-            self._write(line)
+            self._say(" ".join(map(str, parts)))
 
     def dump(self, values, step):
         """Write a dict of numbers for one step."""
         if not self.enabled:
             return
         values = {"step": step, "seconds": round(time.time() - self._start, 3), **values}
-        table = _table(values)
-        print(table, flush=True)
-        self._write(table)
-        if self._json:
-            self._json.write(json.dumps(values) + "\n")
-            self._json.flush()
-            self._append_csv(values)
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._say(_table(values))
+        with contextlib.suppress(OSError):
+            if self._json:
+                self._json.write(json.dumps(values) + "\n")
+                self._json.flush()
+                self._append_csv(values)
+            if self._board:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def close(self):
         for file in (self._text, self._json, self._board):
-            if file:
-                file.close()
+            with contextlib.suppress(OSError):
+                if file:
+                    file.close()
         self._text = self._json = self._board = None
 
-    def _write(self, text):
-        if self._text:
-            self._text.write(text + "\n")
-            self._text.flush()
+    def _say(self, text):
+        with tqdm.external_write_mode():  # beside any progress bar
+            print(text, flush=True)
+        with contextlib.suppress(OSError):
+            if self._text:
+                self._text.write(text + "\n")
+                self._text.flush()
 
     def _append_csv(self, values):
         """Append a row; a column not seen before rewrites the file with it."""
@@ -74,10 +79,12 @@ class Logger:
             with open(path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, columns).writerow(values)
             return
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        whole = path.with_name(".progress.csv.partial")
+        with open(whole, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows([*rows, values])
+        os.replace(whole, path)
 
 
 def _tensorboard(folder):

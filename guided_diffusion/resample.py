@@ -1,5 +1,7 @@
 """Which timesteps training draws, and the weights that keep the loss unbiased."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -72,6 +74,8 @@ class LossSecondMomentResampler(ScheduleSampler):
     def update(self, t, losses):
         """Take in the losses [N] at timesteps t [N] of all ranks; every rank must be given the same."""
         for step, loss in zip(t.tolist(), losses.tolist()):
+            if not math.isfinite(loss):
+                continue
             self.history[step] = np.roll(self.history[step], -1)
             self.history[step, -1] = loss
             self.counts[step] += 1

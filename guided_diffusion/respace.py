@@ -9,6 +9,8 @@ from .gaussian_diffusion import GaussianDiffusion
 
 
 SPACINGS = ("uniform", "trailing", "quadratic", "logsnr")
+# where a mask of zeros and ones is decided: above, the noise hides hardly a pixel; below, it hides the whole
+LOGSNR_RANGE = (2.0, -6.0)
 
 
 def space_timesteps(num_timesteps, section_counts, alphas_cumprod=None):
@@ -52,7 +54,7 @@ def spread_timesteps(num_timesteps, count, spacing, alphas_cumprod=None):
     "uniform": evenly down to 0. "trailing": evenly, but the first lies as far from 0 as the others from each other, so
     no call is spent on an x_t almost without noise (Lin et al. 2024, arXiv 2305.08891, section 3.3). "quadratic":
     evenly in the square root, so more with little noise (Song et al. 2021, arXiv 2010.02502, appendix D.3). "logsnr":
-    evenly in log(abar / (1 - abar)) (Lu et al. 2022, arXiv 2206.00927).
+    evenly in log(abar / (1 - abar)) (Lu et al. 2022, arXiv 2206.00927) over LOGSNR_RANGE, but for the last one.
     Steps that coincide when rounded move to the next that is free.
 
     :raises ValueError: if that many steps cannot be had.
@@ -66,8 +68,8 @@ def spread_timesteps(num_timesteps, count, spacing, alphas_cumprod=None):
         places = num_timesteps * np.arange(1, count + 1) / count - 1
     elif spacing == "logsnr":
         logsnr = np.log(alphas_cumprod / (1 - alphas_cumprod))  # falls with t
-        wanted = logsnr[0] + share * (logsnr[-1] - logsnr[0])
-        places = np.interp(-wanted, -logsnr, np.arange(num_timesteps))
+        places = np.interp(-np.interp(share, (0, 1), LOGSNR_RANGE), -logsnr, np.arange(num_timesteps))
+        places[-1] = num_timesteps - 1
     else:
         places = (num_timesteps - 1) * share ** 2
     steps = places.round().astype(int)

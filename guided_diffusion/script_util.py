@@ -1,5 +1,6 @@
 """Flags -> objects, and the single table of all flags."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class Flag(NamedTuple):
     help: str
     group: str
     least: Any = None  # the smallest value allowed
+    most: Any = sys.maxsize  # the largest; below that of 64 bits where larger ones would end in want of memory
 
 
 def number_or_auto(text):
@@ -31,12 +33,13 @@ def number_or_auto(text):
 
 
 FLAGS = [
-    Flag("image_size", int, 64, "side of images and masks in pixels; the U-Net halves it once a level", "model"),
+    Flag("image_size", int, 64, "side of images and masks in pixels; the U-Net halves it once a level", "model",
+         most=8192),
     Flag("image_channels", int, 4, "channels of the scan; a single-channel image is repeated (published: 4)",
-         "model", least=1),
+         "model", least=1, most=1024),
     Flag("num_channels", int, 128, "channels at full resolution, a multiple of 32; the cost grows with its square",
-         "model"),
-    Flag("num_res_blocks", int, 2, "residual blocks a level", "model", least=1),
+         "model", most=16384),
+    Flag("num_res_blocks", int, 2, "residual blocks a level", "model", least=1, most=1024),
     Flag("channel_mult", str, "", "channels of each level as multiples of num_channels, as in 1,2,3,4; sizes 64, 128,"
          " 256 and 512 have a default", "model"),
     Flag("num_heads", int, 4, "attention heads", "model", least=1),
@@ -56,13 +59,13 @@ FLAGS = [
 
     Flag("input_channels_dist", int, 1, "image channels that AMN and ACN see (the first ones)", "encoders", least=1),
     Flag("num_filters", str, "32,64,128,192", "filters of each block of AMN and ACN", "encoders"),
-    Flag("no_convs_per_block", int, 3, "convolutions a block of AMN and ACN", "encoders", least=1),
-    Flag("latent_dim", int, 6, "dimensions of their latent Gaussian", "encoders", least=1),
+    Flag("no_convs_per_block", int, 3, "convolutions a block of AMN and ACN", "encoders", least=1, most=1024),
+    Flag("latent_dim", int, 6, "dimensions of their latent Gaussian", "encoders", least=1, most=65536),
     Flag("kl_weight", float, 0.001, "weight of KL(AMN || ACN) in the loss; 0 trains the plain diffusion ensemble,"
          " without AMN and ACN", "encoders", least=0),
 
     Flag("learn_sigma", bool, False, "learn the variance of each denoising step, too", "diffusion"),
-    Flag("diffusion_steps", int, 1000, "timesteps of the diffusion process", "diffusion", least=1),
+    Flag("diffusion_steps", int, 1000, "timesteps of the diffusion process", "diffusion", least=1, most=10 ** 6),
     Flag("noise_schedule", ("linear", "cosine"), "linear", "how noise grows with the timestep", "diffusion"),
     Flag("timestep_respacing", str, "", 'use fewer timesteps: "250" evenly, "10,15,20" a third each, "ddim25" at a'
          ' whole stride, "trailing10", "quadratic10", "logsnr10" as --timestep_spacing; "" uses all', "diffusion"),
@@ -80,25 +83,33 @@ FLAGS = [
     Flag("lr_anneal_steps", int, 0, "bring the learning rate linearly to 0 over so many steps, then stop (0: constant)",
          "training", least=0),
     Flag("max_steps", int, 0, "stop after so many steps (0: go on until stopped with Ctrl-C)", "training", least=0),
-    Flag("batch_size", int, 1, "examples per process and step", "training", least=1),
+    Flag("batch_size", int, 1, "examples per process and step", "training", least=1, most=10 ** 6),
     Flag("microbatch", int, -1, "split each batch into parts of this size to save memory; the result is the same"
          " (-1: do not)", "training"),
     Flag("ema_rate", str, "0.9999", "rates of the moving averages of the weights, separated by commas", "training"),
     Flag("log_interval", int, 100, "steps between lines of the log", "training", least=1),
     Flag("save_interval", int, 5000, "steps between checkpoints", "training", least=1),
+    Flag("keep_checkpoints", int, 0, "checkpoints to leave in the results folder, the newest ones (0: all)", "training",
+         least=0),
+    Flag("save_patience", int, 3, "go on training while nothing can be saved, for so many save intervals", "training",
+         least=1),
     Flag("resume_checkpoint", str, "", 'go on from this savedmodel<step>.pt ("": from the newest in the results folder'
          ' if there is one)', "training"),
+    Flag("grad_clip", float, 0.0, "the largest norm of the gradient; a longer one is shortened to it (0: any)",
+         "training", least=0),
+    Flag("max_bad_steps", int, 50, "steps whose gradient is not finite are skipped; give up after so many in a row",
+         "training", least=1),
     Flag("fp16_scale_growth", float, 1e-3, "growth of the loss scale a step with --use_fp16, as a power of 2",
-         "training"),
+         "training", most=16),
 
     Flag("data_dir", str, "./data/testing", "folder with one folder a case: image_<n>.jpg, and labels if there are any",
          "sampling"),
     Flag("model_path", str, "", 'weights to sample from: savedmodel*.pt or emasavedmodel*.pt ("": the newest in the'
          ' results folder)', "sampling"),
-    Flag("num_ensemble", int, 5, "masks to draw for each case", "sampling", least=1),
+    Flag("num_ensemble", int, 5, "masks to draw for each case", "sampling", least=1, most=10 ** 6),
     Flag("num_samples", int, 0, "sample the first so many cases (0: all)", "sampling", least=0),
     Flag("batch_size", number_or_auto, 1, "masks drawn at once, across cases and members (auto: as many as pay and"
-         " fit)", "sampling", least=1),
+         " fit)", "sampling", least=1, most=10 ** 6),
     Flag("clip_denoised", bool, True, "clip the predicted mask to its range at every step", "sampling"),
     Flag("sampler", (*SAMPLERS, "best"), "ancestral", "how to walk from noise to a mask: ancestral, as published; ddim;"
          " dpm++ and heun, of second order; dpm++sde, dpm++ with noise; best, the fewest calls that lose nothing",
@@ -106,11 +117,13 @@ FLAGS = [
     Flag("sampling_steps", int, 0, "steps of the sampler (0: those of timestep_respacing, every one by default)",
          "sampling", least=0),
     Flag("timestep_spacing", SPACINGS, "uniform", "where sampling_steps puts them: evenly down to 0; evenly, the last"
-         " call a whole step before 0; evenly in the square root of t; evenly in the log-SNR", "sampling"),
+         " call a whole step before 0; evenly in the square root of t; evenly in the log-SNR where masks are decided",
+         "sampling"),
     Flag("use_ddim", bool, False, "the published spelling of --sampler ddim", "sampling"),
-    Flag("ddim_eta", float, 0.0, "noise of DDIM: 0 deterministic, 1 as much as ancestral steps", "sampling", least=0),
+    Flag("ddim_eta", float, 0.0, "noise of DDIM: 0 deterministic, 1 as much as ancestral steps", "sampling",
+         least=0, most=1),
     Flag("median_blur", int, 0, "smooth each mask with a median filter of this odd side (0: do not)",
-         "sampling", least=0),
+         "sampling", least=0, most=8191),
     Flag("evaluate", bool, False, "score the masks against the raters' and write the scores rather than the masks",
          "sampling"),
 
@@ -134,12 +147,12 @@ FLAGS = [
          " the masks to score", "files and processes"),
     Flag("seed", int, 0, "seed of everything random", "files and processes", least=0),
     Flag("ngpu", int, 0, "start so many processes on this machine, one a GPU (0: as the launcher did)",
-         "files and processes", least=0),
+         "files and processes", least=0, most=1024),
     Flag("local_rank", int, None, "set by old launchers", "files and processes"),
 
     Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
          " $OPENAI_LOGDIR, else ./results)", "results"),
-    Flag("visdom_port", int, 8097, "port of the Visdom server to draw on (0: none)", "results", least=0),
+    Flag("visdom_port", int, 8097, "port of the Visdom server to draw on (0: none)", "results", least=0, most=65535),
 ]
 
 # These change how the network is run or trained, not what it is; they may differ from the stored ones.
@@ -242,7 +255,7 @@ def create_model(**flags):
 
 
 # What --sampler best means: the fewest network calls at no loss of GED; measured in docs/benchmarks.md
-BEST = {"sampler": "dpm++sde", "sampling_steps": 10, "timestep_spacing": "trailing"}
+BEST = {"sampler": "dpm++sde", "sampling_steps": 7, "timestep_spacing": "logsnr"}
 
 
 def choose_sampler(args, given):

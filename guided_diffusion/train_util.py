@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import signal
 import time
 
 import torch
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from . import checkpoint, datasets, dist_util, logger
 from .errors import InputError
 from .nn import update_ema
+from .train_watch import BadSteps, Meter, SignalsNoted
 
 
 class CIMD(nn.Module):
@@ -60,11 +60,16 @@ class TrainLoop:
     :param max_steps, lr_anneal_steps: 0 for no end and no annealing; the loop ends at the first that is not 0.
     :param dtype: torch.float16 or bfloat16 for autocast, None for float32.
     :param fp16_scale_growth: log2 of the loss scale's growth each step (float16 only).
+    :param keep_checkpoints: checkpoints to leave in the folder, the newest ones; 0 for all.
+    :param save_patience: stop when nothing could be saved for so many save intervals.
+    :param grad_clip: the largest norm of the gradient, 0 for any.
+    :param max_bad_steps: give up after so many steps in a row whose gradient was not finite; such steps are skipped.
     """
 
     def __init__(self, *, cimd, data, schedule_sampler, batch_size, results_dir, monitor, microbatch=-1, lr=1e-4,
                  weight_decay=0.0, lr_anneal_steps=0, max_steps=0, ema_rates=("0.9999",), log_interval=100,
-                 save_interval=5000, dtype=None, fp16_scale_growth=1e-3, seed=0):
+                 save_interval=5000, keep_checkpoints=0, save_patience=3, dtype=None, fp16_scale_growth=1e-3,
+                 grad_clip=0.0, max_bad_steps=50, seed=0):
         self.cimd, self.data, self.schedule_sampler = cimd, data, schedule_sampler
         self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
         self.global_batch = batch_size * dist_util.world_size()
@@ -72,7 +77,7 @@ class TrainLoop:
         self.lr, self.lr_anneal_steps = lr, lr_anneal_steps
         self.end = min([n for n in (max_steps, lr_anneal_steps) if n], default=0)
         self.log_interval, self.save_interval = log_interval, save_interval
-        self.dtype, self.seed = dtype, seed
+        self.dtype, self.grad_clip, self.seed = dtype, grad_clip, seed
         self.device = next(cimd.parameters()).device
 
         if self.device.type == "cuda":
@@ -89,7 +94,9 @@ class TrainLoop:
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(cimd, device_ids=ids, gradient_as_bucket_view=True)
-        self.meter = _Meter(cimd.diffusion.num_timesteps, self.device)
+        self.saver, self.save_patience = checkpoint.Saver(results_dir, keep_checkpoints), save_patience
+        self.meter = Meter(cimd.diffusion.num_timesteps, self.device)
+        self.bad_steps = BadSteps(max_bad_steps)
 
     # ---- one step ----
 
@@ -99,7 +106,9 @@ class TrainLoop:
         uniforms, noise = self._randomness(position, mask)
         t, weights = (dist_util.to_device(x, self.device) for x in self.schedule_sampler.sample(uniforms))
         losses = self.forward_backward(image, mask, t, weights, noise)
-        self.optimize()
+        bad = self.optimize()
+        self.bad_steps.check(self.data)
+        self.bad_steps.note(bad, self.step + 1, position, t, losses)
         if self.schedule_sampler.learns:
             self.schedule_sampler.update(dist_util.all_gather(t), dist_util.all_gather(losses))
         self.step += 1
@@ -123,12 +132,22 @@ class TrainLoop:
         return torch.cat(losses)
 
     def optimize(self):
+        """Take one step, unless the gradient is not finite; whether that is so, as a tensor that nobody waits for."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.cimd.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.grad_clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        bad = ~norm.isfinite()
+        if not self.scaler.is_enabled():  # which would say the same
+            self.optimizer.found_inf = bad.float()  # the fused AdamW then changes nothing
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for rate, ema in self.ema.items():
             update_ema(list(ema.parameters()), list(self.cimd.model.parameters()), float(rate))
+        return bad
 
     def learning_rate(self):
         """The learning rate of the next step."""
@@ -156,24 +175,35 @@ class TrainLoop:
         batches = self.data.batches(self.batch_size, dist_util.rank(), dist_util.world_size(), self.position)
         if self.end and self.step >= self.end:
             logger.log(f"step {self.step} is reached already; more --max_steps (or --lr_anneal_steps) would go on")
-        stop_agreed, saved = dist_util.StopFlag(), self.step
+        stop_agreed = dist_util.StopFlag()
+        self.saver.last = self.step
         bar = tqdm(total=self.end or None, initial=self.step, desc="training", unit=" steps", dynamic_ncols=True,
                    disable=None if dist_util.rank() == 0 else True)
         self.cimd.train()
-        with _SignalsNoted() as signals, bar:
+        with SignalsNoted() as signals, bar:
             self.meter.restart()
-            while not (self.end and self.step >= self.end) and not stop_agreed(bool(signals.received)):
+            while not (self.end and self.step >= self.end) and not stop_agreed(self._wants_to_stop(signals)):
                 image, mask, position = self._next(batches)
                 self.run_step(image, mask, position)
                 bar.update()
                 if self.step % self.log_interval == 0 or self.step == self.end:
                     self.log(image, mask)
-                if self.step % self.save_interval == 0:
+                self.saver.poll()
+                if self.step % self.save_interval == 0 or self.saver.problem and self.step % self.log_interval == 0:
                     self.save()
-                    saved = self.step
-            if self.step > saved:
+            self.bad_steps.check(self.data)
+            self.saver.wait()
+            if self.step > self.saver.last:
                 self.save()
+                self.saver.wait()
+        if self.saver.problem:
+            raise InputError(f"{self.saver.problem}. Free space, or make the folder writable, and run the same command"
+                             f" again: it goes on from step {self.saver.last}")
         return signals.received
+
+    def _wants_to_stop(self, signals):
+        unsaved = (self.step - self.saver.last) / self.save_interval
+        return bool(signals.received) or bool(self.saver.problem) and unsaved > self.save_patience
 
     def _next(self, batches):
         start = time.perf_counter()
@@ -184,11 +214,10 @@ class TrainLoop:
 
     def log(self, image, mask):
         values = self.meter.read()
-        values.update(lr=self.learning_rate(), samples=self.position)
+        values.update(lr=self.learning_rate(), samples=self.position, bad_steps=self.bad_steps.count)
         if self.scaler.is_enabled():
             values["grad_scale"] = self.scaler.get_scale()
-        with tqdm.external_write_mode():
-            logger.dump(values, self.step)
+        logger.dump(values, self.step)
         if self.monitor.active:
             self.monitor.curves(self.step, {k: values[k] for k in ("loss", "mse", "vb", "kl") if k in values})
             self._show_batch(image[:4], mask[:4])
@@ -209,22 +238,18 @@ class TrainLoop:
     # ---- checkpoints ----
 
     def save(self):
-        """Write the checkpoint of this step; savedmodel.pt, which says that it is whole, comes last."""
-        if dist_util.rank() == 0:
-            def path(name):
-                return checkpoint.join(self.results_dir, name)
-
-            rest = {"step": self.step, "position": self.position, "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(), "schedule_sampler": self.schedule_sampler.state_dict()}
-            if self.cimd.posterior is not None:
-                rest.update(posterior=self.cimd.posterior.state_dict(), prior=self.cimd.prior.state_dict())
-            checkpoint.save(path(checkpoint.opt_name(self.step)), rest)
-            for rate, ema in self.ema.items():
-                checkpoint.save(path(checkpoint.ema_name(rate, self.step)), ema.state_dict())
-            for name in (checkpoint.model_name(self.step), checkpoint.NEWEST):
-                checkpoint.save(path(name), self.cimd.model.state_dict())
-            logger.log(f"saved step {self.step} in {self.results_dir}")
-        dist_util.barrier()
+        """Begin to write the checkpoint of this step; savedmodel.pt, which says that it is whole, comes last."""
+        if dist_util.rank() > 0:
+            return
+        rest = {"step": self.step, "position": self.position, "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "schedule_sampler": self.schedule_sampler.state_dict()}
+        if self.cimd.posterior is not None:
+            rest.update(posterior=self.cimd.posterior.state_dict(), prior=self.cimd.prior.state_dict())
+        weights = self.cimd.model.state_dict()
+        self.saver.begin(self.step, {
+            checkpoint.opt_name(self.step): rest,
+            **{checkpoint.ema_name(rate, self.step): ema.state_dict() for rate, ema in self.ema.items()},
+            checkpoint.model_name(self.step): weights, checkpoint.NEWEST: weights})
 
     def resume(self, model_path):
         """Go on from savedmodel<step>.pt and the files of the same step beside it.
@@ -266,68 +291,6 @@ class TrainLoop:
             self.scaler.load_state_dict(rest["scaler"])
         self.schedule_sampler.load_state_dict(rest["schedule_sampler"])
         logger.log(f"resumed at step {self.step} from {model_path}")
-
-
-class _Meter:
-    """Means of the losses since the last reading, over all ranks, also by quartile of the timestep (_q0 .. _q3).
-
-    Sums stay on the device; only reading waits for it.
-    """
-
-    def __init__(self, num_timesteps, device):
-        self.num_timesteps, self.device = num_timesteps, device
-        self.restart()
-
-    def restart(self):
-        self.sums, self.examples = {}, 0
-        self.counts = torch.zeros(4, device=self.device)
-        self.since, self.waited = time.perf_counter(), 0.0  # waited: for data
-
-    def add(self, t, losses):
-        quartile = t * 4 // self.num_timesteps
-        self.counts.index_add_(0, quartile, torch.ones_like(t, dtype=torch.float32))
-        for name, values in losses.items():
-            total = self.sums.setdefault(name, torch.zeros(4, device=self.device))
-            total.index_add_(0, quartile, values.float())
-        self.examples += len(t)
-
-    def read(self):
-        """A dict of floats; starts anew."""
-        table = torch.stack([self.counts, *self.sums.values()])
-        if dist.is_initialized():
-            dist.all_reduce(table)
-        counts, *sums = table.tolist()
-        values = {}
-        for name, total in zip(self.sums, sums):
-            values[name] = sum(total) / max(sum(counts), 1)
-            values.update({f"{name}_q{i}": s / n for i, (s, n) in enumerate(zip(total, counts)) if n})
-        seconds = time.perf_counter() - self.since
-        values["images_per_second"] = self.examples * dist_util.world_size() / max(seconds, 1e-9)
-        values["waiting_for_data"] = max(dist_util.all_gather_objects(self.waited / max(seconds, 1e-9)))
-        self.restart()
-        return values
-
-
-class _SignalsNoted(contextlib.AbstractContextManager):
-    """Inside, SIGINT and SIGTERM are only noted, in `received`; a second one, a while later, acts at once."""
-
-    def __enter__(self):
-        self.received, self._when = None, 0.0
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        now = time.monotonic()
-        if self.received and now - self._when > 2:  # launchers pass on what the terminal has already sent
-            raise KeyboardInterrupt
-        if not self.received:
-            self.received, self._when = signal.Signals(number), now
-            if dist_util.rank() == 0:
-                print("\nfinishing this step, then saving; once more to leave without saving", flush=True)
 
 
 def _hash(*parts):

@@ -17,6 +17,7 @@ import torch
 from guided_diffusion import checkpoint, dist_util, logger
 from guided_diffusion.cli import parse_flags, results_folder, run_script
 from guided_diffusion.datasets import SegmentationCases, ShuffledCases
+from guided_diffusion.errors import InputError
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
@@ -32,7 +33,7 @@ def main():
 
     with dist_util.all_ranks_or_none():
         folder = results_folder(args)
-        resume_from, stored = find_run(args, folder)
+        resume_from, stored, passed_over = find_run(args, folder)
         apply_stored_flags(args, given, stored, resume_from)
         dtype = autocast_dtype(args)
         torch.manual_seed(args.seed)
@@ -47,6 +48,8 @@ def main():
     logger.configure(local_folder(folder), enabled=dist_util.rank() == 0)
     world_size = dist_util.world_size()
     logger.log("command:", shlex.join(sys.argv))
+    for problem in passed_over:
+        logger.log(f"passed over: {problem}")
     logger.log(f"{len(cases)} cases from {args.data_dir}, {cases.kept}; U-Net of {count(model):.1f} million parameters;"
                f" {world_size} process(es) on {dist_util.dev()}")
     logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
@@ -59,7 +62,8 @@ def main():
         lr_anneal_steps=args.lr_anneal_steps, max_steps=args.max_steps,
         ema_rates=args.ema_rate.replace(" ", "").split(","),
         log_interval=args.log_interval, save_interval=args.save_interval, results_dir=folder, dtype=dtype,
-        fp16_scale_growth=args.fp16_scale_growth, seed=args.seed,
+        fp16_scale_growth=args.fp16_scale_growth, grad_clip=args.grad_clip, max_bad_steps=args.max_bad_steps,
+        keep_checkpoints=args.keep_checkpoints, save_patience=args.save_patience, seed=args.seed,
         monitor=Monitor(args.visdom_port if dist_util.rank() == 0 else 0, os.path.basename(os.path.abspath(folder))),
     )
     if resume_from:
@@ -81,14 +85,19 @@ def main():
 
 
 def find_run(args, folder):
-    """The checkpoint to go on from (None: start anew) and the flags stored beside it."""
-    resume_from = args.resume_checkpoint
-    if not resume_from:
-        steps = checkpoint.steps_in(folder)
-        if not steps:
-            return None, {}
-        resume_from = checkpoint.join(folder, checkpoint.model_name(steps[-1]))
-    return resume_from, checkpoint.load_flags(checkpoint.folder_of(resume_from))
+    """The checkpoint to go on from (None: start anew), the flags beside it, and what is wrong with newer ones."""
+    if args.resume_checkpoint:
+        return args.resume_checkpoint, checkpoint.load_flags(checkpoint.folder_of(args.resume_checkpoint)), []
+    steps, problems = checkpoint.steps_in(folder), []
+    for step in reversed(steps):
+        found = checkpoint.damages(folder, step)
+        if not found:
+            return checkpoint.join(folder, checkpoint.model_name(step)), checkpoint.load_flags(folder), problems
+        problems += found
+    if steps:
+        raise InputError(f"{folder} holds no whole checkpoint to go on from; start afresh in another --results_dir:\n"
+                         + "\n".join(problems))
+    return None, {}, []
 
 
 def local_folder(folder):

@@ -6,9 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
-from guided_diffusion import metrics, phantoms
+from guided_diffusion import checkpoint, metrics, phantoms, script_util
 
 
 @pytest.fixture
@@ -70,6 +71,38 @@ def test_benchmark_on_real_cases_trains_samples_and_writes_a_row(benchmark, tmp_
     benchmark("lidc.py", *flags)  # trains no further, and scores the same
     again = (tmp_path / "r" / "table.md").read_text().splitlines()[4].split("|")
     assert again[:10] == row[:10] and again[-2:] == row[-2:]
+
+
+def test_steps_are_compared_case_by_case_and_a_stopped_run_goes_on(benchmark, tmp_path):
+    phantoms.write_cases(tmp_path / "test", 5, 2, 32)
+    flags = {"image_size": 32, "image_channels": 1, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1,
+             "num_heads": 1, "attention_resolutions": "16", "predict_xstart": True, "noise_schedule": "cosine"}
+    (tmp_path / "model").mkdir()
+    checkpoint.save_flags(tmp_path / "model", flags)
+    model, _ = script_util.create_model_and_diffusion(**flags)
+    torch.nn.init.normal_(model.out[2].weight, std=0.1)
+    checkpoint.save(tmp_path / "model" / "savedmodel.pt", model.state_dict())
+    flags = ["--model_path", "model/savedmodel.pt", "--data_dir", "test", "--num_cases", 3, "--num_ensemble", 4,
+             "--reference", "ancestral uniform2", "--output_dir", "out"]
+    benchmark("steps.py", *flags, "--samplers", "ancestral", "--calls", "1,2")
+    before = json.loads((tmp_path / "out" / "steps.json").read_text())
+    out = benchmark("steps.py", *flags, "--samplers", "ancestral,heun", "--calls", "2,3", "--float32")
+    rows = json.loads((tmp_path / "out" / "steps.json").read_text())
+    assert all(rows[name] == row for name, row in before.items())
+    assert {name: row["calls"] for name, row in rows.items()} == {
+        "ancestral uniform1": 1, "ancestral uniform2": 2, "ancestral float32 uniform2": 2,
+        "ancestral float32 uniform3": 3, "heun float32 uniform1": 1, "heun float32 uniform2": 3}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in out and (tmp_path / "out" / "steps.png").read_bytes().startswith(b"\x89PNG")
+    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()]
+    reference = rows["ancestral uniform2"]["values"]
+    for line, row in zip(lines, rows.values(), strict=True):
+        assert row["case"] == [0, 1, 3] and len(row["values"]["excess_GED"]) == 3
+        for key in ("GED", "HM_IoU"):
+            assert row[key]["mean"] == pytest.approx(np.mean(row["values"][key]))
+            difference = np.mean(row["values"][key]) - np.mean(reference[key])
+            shown = line[header.index(f"{key} less that of ancestral uniform2")]
+            assert float(shown.split()[0]) == pytest.approx(difference, abs=6e-4)
 
 
 def test_timing_of_scores_agrees_with_the_double_loop(benchmark):

@@ -15,6 +15,7 @@ from helpers import refusal
 from torch import nn
 
 from guided_diffusion import checkpoint
+from guided_diffusion.errors import InputError
 
 
 def network(width=3):
@@ -132,6 +133,37 @@ def test_truncated_checkpoint_is_refused(tmp_path, share):
     path.write_bytes(data[:int(len(data) * share)])
     message = refusal(checkpoint.load, path)
     assert f"--model_path {path}" in message and "truncated" in message
+
+
+def test_a_flipped_bit_is_refused_or_does_no_harm(tmp_path):
+    """Wherever it is: in a tensor its checksum tells, and elsewhere it is at most a date."""
+    path, rng, refusals = tmp_path / "a.pt", random.Random(0), 0
+    checkpoint.save(path, network().state_dict())
+    data = path.read_bytes()
+    expected = checkpoint.load(path)
+    for _ in range(300):
+        place = rng.randrange(len(data))
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1:])
+        try:
+            assert equal(checkpoint.load(path), expected)
+        except InputError as error:
+            assert f"--model_path {path}: is truncated, damaged" in str(error)
+            refusals += 1
+    assert refusals > 100
+
+
+def test_damage_to_any_file_of_a_step_is_found(tmp_path):
+    names = [checkpoint.model_name(12), checkpoint.opt_name(12), checkpoint.ema_name("0.9", 12),
+             checkpoint.model_name(112), checkpoint.opt_name(5), checkpoint.ema_name("0.000012", 5)]
+    for name in names:
+        checkpoint.save(tmp_path / name, {"a": torch.ones(3)})
+    assert checkpoint.damages(tmp_path, 12) == [] and checkpoint.damages(tmp_path, 7) == []
+    for name in names:
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:50])
+        problems = checkpoint.damages(tmp_path, 12)
+        assert len(problems) == (name in names[:3]) and all(name in problem for problem in problems)
+        (tmp_path / name).write_bytes(whole)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, I am text\n" * 50, b"\x80", b"\x89PNG\r\n\x1a\n" + bytes(100)])

@@ -235,6 +235,39 @@ def test_ranks_share_losses_stop_together_and_fail_together(environment, tmp_pat
     assert int(notes[0].split()[0]) >= 3
 
 
+SPOILT = """
+import sys
+import torch
+from test_train_util import make_loop
+from test_train_watch import spoil
+from guided_diffusion import checkpoint, dist_util, logger
+
+dist_util.setup_dist()
+logger.configure(enabled=dist_util.rank() == 0)
+folder = sys.argv[1]
+loop = spoil(make_loop(folder, max_steps=4), {2} if dist_util.rank() else set(), rows=(0,))
+loop.run_loop()
+checkpoint.save(f"{folder}/rank{dist_util.rank()}.pt", {**loop.cimd.state_dict(), "bad": loop.bad_steps.count})
+print(loop.data.case_name(6))
+dist_util.cleanup()
+"""
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(environment, tmp_path):
+    env = {**environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env["PYTHONPATH"] = os.pathsep.join([env.get("PYTHONPATH", ""), str(ROOT / "tests")])
+    ranks = [subprocess.Popen([sys.executable, "-c", SPOILT, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    outs = [process.communicate(timeout=PATIENCE)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    first, second = (checkpoint.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first.pop("bad") == second.pop("bad") == 1
+    assert all(torch.equal(first[name], second[name]) and first[name].isfinite().all() for name in first)
+    line, = [line for line in outs[0].splitlines() if "is skipped" in line]
+    assert line.startswith(f"step 2 is skipped: the loss is not finite for {outs[0].split()[-1]} at timestep")
+    assert line.endswith("on rank 1") and line.count("rank") == 1 and "is skipped" not in outs[1]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_more_processes_than_gpus_is_refused_by_every_rank(monkeypatch, rank):
     for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}.items():

@@ -145,15 +145,31 @@ def test_training_goes_on_from_a_checkpoint_of_the_published_code(train, trained
     assert all((moved[name] - value).abs().max() < 2e-4 for name, value in state.items())  # one step at lr 1e-4
 
 
-def test_training_again_over_a_damaged_checkpoint_names_the_file(train, tmp_path):
+@pytest.mark.parametrize("name", ["savedmodel000003.pt", "optsavedmodel000003.pt", "emasavedmodel_0.9999_000003.pt"])
+def test_training_again_over_a_damaged_checkpoint_names_the_file_and_goes_on_from_the_one_before(train, tmp_path, name):
+    train("results", "--max_steps", 3, "--save_interval", 2)
+    path, expected = tmp_path / "results" / name, weights(tmp_path / "results" / "savedmodel000003.pt")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    result = train("results", "--max_steps", 3)
+    assert result.code == 0 and f"results/{name}: is truncated, damaged" in result.out
+    assert "resumed at step 2" in result.out
+    assert same_weights(weights(tmp_path / "results" / "savedmodel000003.pt"), expected)
+
+
+def test_training_again_over_damaged_checkpoints_alone_is_refused_by_name(train, tmp_path):
     train("results")
+    before = {}
     for name in ("savedmodel000003.pt", "optsavedmodel000003.pt"):
         path = tmp_path / "results" / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-1000])
-        refused(train("results", "--max_steps", 4), f"results/{name}", "truncated")
-        path.write_bytes(whole)
+        before[path] = path.read_bytes()
+        path.write_bytes(before[path][:-1000])
+    refused(train("results", "--max_steps", 4), "results/savedmodel000003.pt", "results/optsavedmodel000003.pt",
+            "truncated", "--results_dir", lines=3)
     assert checkpoint.steps_in(tmp_path / "results") == [3]
+    for path, data in before.items():
+        path.write_bytes(data)
     assert train("results", "--max_steps", 4).code == 0
 
 

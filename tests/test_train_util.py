@@ -26,6 +26,10 @@ SIZE = 16
 class Memory(list):
     """Cases in memory, as SegmentationCases would hand them out."""
 
+    @property
+    def cases(self):
+        return self
+
     def compact(self, i):
         return (np.round(self[i].image * 255).astype(np.uint8),
                 np.packbits(self[i].masks.reshape(len(self[i].masks), -1), axis=1))
@@ -329,7 +333,7 @@ def test_learning_rate_is_constant_without_annealing(tmp_path):
     assert loop.learning_rate() == 0.3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signal_ends_the_loop_after_the_step_and_saves(tmp_path, number, monkeypatch):
     loop = make_loop(tmp_path)
     before = signal.getsignal(number)
@@ -470,7 +474,7 @@ def test_resume_from_the_newest_takes_weights_and_optimiser_of_one_step(tmp_path
     resumed = make_loop(tmp_path)
     resumed.resume(tmp_path / "savedmodel.pt")
     assert resumed.step == 2
-    assert_same(resumed.cimd.model.state_dict(), checkpoint.load(tmp_path / "savedmodel000002.pt"))
+    assert_same(dict(resumed.cimd.model.state_dict()), checkpoint.load(tmp_path / "savedmodel000002.pt"))
 
 
 def test_optimiser_of_other_networks_is_refused_by_name(tmp_path):
