@@ -31,7 +31,9 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from guided_diffusion import checkpoint, datasets, evaluation, phantoms, plots, resample, samplers, script_util
+from guided_diffusion import (
+    checkpoint, datasets, evaluation, phantoms, plots, resample, samplers, script_util, training_data,
+)
 from guided_diffusion.cli import run_script as run_main
 from guided_diffusion.sample_util import EnsembleSampler
 from guided_diffusion.train_util import CIMD, TrainLoop
@@ -343,8 +345,8 @@ def measure_loader(args):
                 np.stack([masks[:1].astype(np.float32) for _, masks in read])
 
         def stream(cases):
-            batches = datasets.ShuffledCases(cases).batches(batch)
-            return lambda: [datasets.to_floats(*next(batches)[:2], 4, DEVICE) for _ in range(count // batch)]
+            batches = training_data.ShuffledCases(cases).batches(batch)
+            return lambda: [training_data.to_floats(*next(batches)[:2], 4, DEVICE) for _ in range(count // batch)]
 
         variants = {"decoding the files of a case at every visit": (decode, count),
                     "the package, from memory": (stream(cases), count)}

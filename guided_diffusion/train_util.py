@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from . import checkpoint, datasets, dist_util, logger
+from . import checkpoint, dist_util, logger, training_data
 from .errors import InputError
 from .nn import update_ema
 from .train_watch import BadSteps, Meter, SignalsNoted
@@ -54,7 +54,7 @@ class TrainLoop:
     moving averages cover the U-Net, the only network that sampling uses.
 
     :param cimd: the CIMD module, on its device.
-    :param data: a datasets.ShuffledCases.
+    :param data: a training_data.ShuffledCases.
     :param batch_size: examples of this process in one step; microbatch: -1 or the size of the parts it is split into.
     :param ema_rates: rates as strings, as they appear in file names.
     :param max_steps, lr_anneal_steps: 0 for no end and no annealing; the loop ends at the first that is not 0.
@@ -210,7 +210,7 @@ class TrainLoop:
         image, mask, position = next(batches)
         self.meter.waited += time.perf_counter() - start
         channels = self.cimd.model.in_channels - mask.shape[1]
-        return *datasets.to_floats(image, mask, channels, self.device), position
+        return *training_data.to_floats(image, mask, channels, self.device), position
 
     def log(self, image, mask):
         values = self.meter.read()

@@ -16,7 +16,7 @@ import torch
 
 from guided_diffusion import checkpoint, dist_util, logger
 from guided_diffusion.cli import parse_flags, results_folder, run_script
-from guided_diffusion.datasets import SegmentationCases, ShuffledCases
+from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.errors import InputError
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import create_named_schedule_sampler
@@ -24,6 +24,7 @@ from guided_diffusion.script_util import (
     apply_stored_flags, autocast_dtype, compile_network, create_encoders, create_model_and_diffusion, pick,
     stored_flags,
 )
+from guided_diffusion.training_data import ShuffledCases
 from guided_diffusion.train_util import CIMD, TrainLoop
 
 

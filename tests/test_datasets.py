@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from guided_diffusion import datasets, errors
-from guided_diffusion.datasets import SegmentationCases, ShuffledCases, read_ahead, to_floats
+from guided_diffusion.datasets import SegmentationCases, read_ahead
 from guided_diffusion.decoded_file import DecodedFile
 from guided_diffusion.errors import InputError
+from guided_diffusion.training_data import ShuffledCases, to_floats
 
 SIZE = 16
 
