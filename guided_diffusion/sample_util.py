@@ -68,7 +68,7 @@ class EnsembleSampler:
     def seconds_a_call(self, image):
         """How long the network takes for one batch of scans like this one, [C, H, W]."""
         x = torch.zeros(self.batch_size, 1, *image.shape[1:], device=self.device)
-        images = torch.from_numpy(image).to(self.device).expand(self.batch_size, -1, -1, -1)
+        images = torch.from_numpy(image).to(self.device).repeat(self.batch_size, 1, 1, 1)
         t = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         for _ in range(2):  # the first call also chooses algorithms
             start = time.perf_counter()

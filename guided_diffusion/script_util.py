@@ -305,7 +305,7 @@ def compile_network(network, device, **options):
         return
     torch._dynamo.config.suppress_errors = True  # a part that cannot be compiled runs as it is
     network.compile(dynamic=False, **options)
-    logger.log("--compile: the first pass compiles the U-Net, which takes a minute or so")
+    logger.log("--compile: the first pass compiles the U-Net, which takes minutes on a CPU")
 
 
 def create_gaussian_diffusion(**flags):
