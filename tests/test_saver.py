@@ -131,6 +131,7 @@ def test_training_gives_up_when_nothing_can_be_saved_for_long(tmp_path, capsys):
     def watched(*args):
         run_step(*args)
         if loop.step == 5:
+            loop.saver.wait()
             folder.rename(tmp_path / "away")
         time.sleep(0.01)
 

@@ -65,6 +65,13 @@ def test_the_skipped_step_is_as_if_it_had_not_been_for_the_steps_after(tmp_path)
         assert torch.equal(value, other.cimd.state_dict()[name])
 
 
+def test_any_other_optimiser_is_spared_such_a_gradient_too(tmp_path):
+    loop = make_loop(tmp_path, max_steps=3)
+    loop.optimizer = torch.optim.SGD(loop.cimd.parameters(), lr=1e-2)
+    spoil(loop, {2}).run_loop()
+    assert loop.bad_steps.count == 1 and all(value.isfinite().all() for value in loop.cimd.state_dict().values())
+
+
 def test_too_many_in_a_row_end_the_run_and_leave_its_checkpoints_alone(tmp_path, capsys):
     loop = spoil(make_loop(tmp_path, max_steps=20, max_bad_steps=3, save_interval=2, lr=1e-3), {3, 4, 6, 7, 8, 9, 10})
     with pytest.raises(InputError) as error:
