@@ -35,7 +35,7 @@ from guided_diffusion import (
     checkpoint, datasets, evaluation, phantoms, plots, resample, samplers, script_util, training_data,
 )
 from guided_diffusion.cli import run_script as run_main
-from guided_diffusion.sample_util import EnsembleSampler
+from guided_diffusion.sample_util import EnsembleSampler, largest_batch
 from guided_diffusion.train_util import CIMD, TrainLoop
 
 CUDA = torch.cuda.is_available()
@@ -285,22 +285,27 @@ def measure_ensemble(args):
         walk = samplers.ancestral(slow, plain, torch.randn_like(images[:, :1]), model_kwargs={"image": images})
         list(zip(range(steps), walk))
 
+    def batch_of(n):
+        return min(n, largest_batch(DEVICE, args.image_size))
+
     def drawn(n, steps):
         diffusion = script_util.create_gaussian_diffusion(
             learn_sigma=True, timestep_respacing=f"{best['timestep_spacing']}{steps}")
-        list(EnsembleSampler(half, diffusion, batch_size=n, sampler=best["sampler"]).ensembles([case], n))
+        list(EnsembleSampler(half, diffusion, batch_size=batch_of(n), sampler=best["sampler"]).ensembles([case], n))
 
     way = f"{STEPS} ancestral steps, float32, mask by mask"
     variants, rows = {way: (partial(published, MEASURED), MEASURED / STEPS)}, []
     published(1)  # warm up
     for n in ENSEMBLES:
-        variants[f"--sampler best, bf16 weights, batch {n}"] = partial(drawn, n, best["sampling_steps"]), n
+        variants[f"--sampler best, bf16 weights, {n} masks"] = partial(drawn, n, best["sampling_steps"]), n
         drawn(n, 2)
     seconds = race(args, variants, warm_up=False)
     columns = {"seconds": lambda _, own: median(own), "how found": lambda name, _: (
         f"EXTRAPOLATED from {MEASURED} steps" if way in name else "run whole")}
     for n, name in zip(ENSEMBLES, list(variants)[1:]):
-        rows += as_rows({f"{n} masks, {key}": [n * s for s in seconds[key]] for key in (way, name)}, columns)
+        shown = f"--sampler best, bf16 weights, --batch_size auto ({batch_of(n)})"
+        rows += as_rows({f"{n} masks, {text}": [n * s for s in seconds[key]]
+                         for key, text in ((way, way), (name, shown))}, columns)
     return "An ensemble for one phantom", rows, f"--sampler best: {best['sampler']}, {best['sampling_steps']} steps."
 
 

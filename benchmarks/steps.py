@@ -133,20 +133,24 @@ def draw(rows, keys):
 
     from guided_diffusion.plots import png
 
-    figure = Figure(figsize=(6 * len(keys), 4.5), layout="constrained")
+    figure = Figure(figsize=(6 * len(keys), 5.5), layout="constrained")
     colours = dict(zip(SAMPLERS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")))
+    most = max(len(row["case"]) for row in rows.values())
     for axes, key in zip(figure.subplots(1, len(keys)), keys):
         for sampler, colour in colours.items():
             for spacing, line in zip(SPACINGS, ("-", "--", ":", "-.")):
-                chosen = sorted((row["calls"], row[key]["mean"], row[key]["low"], row[key]["high"])
-                                for row in rows.values() if (row["sampler"], row["spacing"]) == (sampler, spacing))
-                if chosen:
-                    calls, mean, low, high = np.array(chosen).T
-                    axes.plot(calls, mean, "o" + line, color=colour, markersize=4, label=f"{sampler}, {spacing}")
-                    axes.fill_between(calls, low, high, color=colour, alpha=0.08)
+                for whole in (True, False):  # rows of fewer cases compare with no other: hollow, and not joined
+                    chosen = sorted((row["calls"], *(row[key][part] for part in ("mean", "low", "high")))
+                                    for row in rows.values() if (row["sampler"], row["spacing"]) == (sampler, spacing)
+                                    and (len(row["case"]) == most) == whole)
+                    if chosen:
+                        calls, mean, low, high = np.array(chosen).T
+                        axes.errorbar(calls, mean, (mean - low, high - mean), fmt="o" + line if whole else "o",
+                                      markerfacecolor=None if whole else "white", markersize=4, color=colour,
+                                      elinewidth=0.3, label=f"{sampler}, {spacing}" if whole else None)
         axes.set(xscale="log", xlabel="network calls a mask", ylabel=key)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     return png(figure)
 
 

@@ -39,6 +39,11 @@ class MemberNoise:
         return dist_util.to_device(torch.from_numpy(np.stack(rows)), like.device).to(like.dtype)
 
 
+def largest_batch(device, image_size):
+    """The most masks that pay to be drawn at once, if the memory holds them: on a CPU, those that its caches hold."""
+    return max(1, 2 ** 16 // image_size ** 2) if device.type == "cpu" else 256
+
+
 class EnsembleSampler:
     """Draws masks for scans from a denoiser.
 

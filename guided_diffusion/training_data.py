@@ -61,7 +61,7 @@ class ShuffledCases:
 def to_floats(image, mask, channels, device):
     """A batch of ShuffledCases on its device: image [N, channels, S, S] float32 in [0, 1], mask float32."""
     image, mask = (to_device(part, device) for part in (image, mask))
-    image = image.float() * (1 / (255 if image.dtype == torch.uint8 else 65535))
+    image = image.float().mul_(1 / (255 if image.dtype == torch.uint8 else 65535))
     return image.expand(-1, channels, -1, -1), mask.float()
 
 

@@ -27,8 +27,6 @@ from guided_diffusion.script_util import (
     BEST, apply_stored_flags, autocast_dtype, compile_network, create_model_and_diffusion, defaults, pick,
 )
 
-LARGEST_BATCH = {"cpu": 16, "cuda": 256}  # where --batch_size auto begins; it is halved until it fits
-
 
 def main():
     args, given = parse_flags("sampling", __doc__)
@@ -62,7 +60,8 @@ def main():
 
     # no batch is larger than all there is to draw, whatever is already done and however many processes share it
     auto = args.batch_size == "auto"
-    batch_size = min(LARGEST_BATCH[dist_util.dev().type] if auto else args.batch_size, len(cases) * args.num_ensemble)
+    largest = sample_util.largest_batch(dist_util.dev(), args.image_size) if auto else args.batch_size
+    batch_size = min(largest, len(cases) * args.num_ensemble)
     model.to(dist_util.dev()).eval().convert_for_sampling(dtype)
     sampler = sample_util.EnsembleSampler(model, diffusion, batch_size=batch_size, seed=args.seed, sampler=args.sampler,
                                           ddim_eta=args.ddim_eta, clip_denoised=args.clip_denoised)
