@@ -206,7 +206,7 @@ def measure_unet(args):
     if args.compile:
         script_util.compile_network(compiled := copy.deepcopy(package), DEVICE)
         remark += f" The first pass with --compile took {timed(variant(compiled, n)[0]):.0f} s."
-        variants[f"the package with --compile, batch {n}"] = variant(compiled, n)
+        variants[f"the package with --compile: bf16, batch {n}"] = variant(compiled, n)
     flop, rows = race_ceilings(args, variants, variant(plain)[0])
     return "A pass of the U-Net", rows, f"{flop / 1e9:.3g} GFLOP an image. The package: convert_for_sampling. {remark}"
 

@@ -140,8 +140,8 @@ FLAGS = [
     Flag("output_dir", str, "", "folder for scores.csv, .json, .png, best.png and worst.png (default: samples_dir)",
          "evaluation"),
 
-    Flag("compile", bool, False, "let torch.compile fuse the U-Net's operations: pays on CUDA, after a minute or so of"
-         " compiling; goes on without where no compiler works", "speed"),
+    Flag("compile", bool, False, "let torch.compile fuse the U-Net's operations; meant for CUDA, as the convolutions"
+         " of a CPU gain nothing. Goes on without where no compiler works", "speed"),
 
     Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of another size than image_size, or than"
          " the masks to score", "files and processes"),
