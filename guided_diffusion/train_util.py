@@ -141,12 +141,11 @@ class TrainLoop:
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         bad = ~norm.isfinite()
-        if self.scaler.is_enabled():
-            pass  # it looks for itself
-        elif self.optimizer.defaults.get("fused"):
-            self.optimizer.found_inf = bad.float()  # the step then changes nothing
-        elif bad:  # asking waits for the device
-            return bad
+        if not self.scaler.is_enabled():  # which looks for itself
+            if self.optimizer.defaults.get("fused"):
+                self.optimizer.found_inf = bad.float()  # the step then changes nothing
+            elif bad:  # asking waits for the device
+                return bad
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for rate, ema in self.ema.items():

@@ -91,10 +91,12 @@ class BadSteps:
         """Look at this step in the next `check`: bad a bool tensor, the same on every rank; position, t, losses: [N],
         of this rank's examples."""
         arrived = None
-        if bad.is_cuda:
-            bad, arrived = bad.to("cpu", non_blocking=True), torch.cuda.Event()
+        here = bad
+        if bad.is_cuda:  # only a copy into pinned memory does not wait for the device
+            here, arrived = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+            here.copy_(bad, non_blocking=True)
             arrived.record()
-        self.noted = bad, arrived, step, position, t, losses
+        self.noted = here, arrived, step, position, t, losses
 
     def check(self, data):
         """Log the step noted before, if it was bad; `data` is the ShuffledCases that its examples came from.

@@ -121,7 +121,6 @@ def locking(environment, tmp_path):
         process.communicate()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="locks nothing on Windows")
 def test_a_second_process_waits_for_the_lock(locking, tmp_path):
     with decoded_file.locked(tmp_path / "a"):
         second, elsewhere = locking("a"), locking("b")
@@ -130,7 +129,6 @@ def test_a_second_process_waits_for_the_lock(locking, tmp_path):
     assert second.stdout.readline() == b"inside\n"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="locks nothing on Windows")
 def test_a_killed_process_holds_no_lock(locking, tmp_path):
     first = locking("a")
     assert first.stdout.readline() == b"inside\n"
