@@ -6,17 +6,21 @@ In a results folder (a local path, or gs:// or az:// through blobfile), step in 
     emasavedmodel_<rate>_<step>.pt their exponential moving average at that rate
     optsavedmodel<step>.pt         the rest: AMN, ACN, optimiser, gradient scaler, timestep sampler, place in the data
     savedmodel.pt                  the newest weights of the U-Net
-    flags.json                     the flags the model was built with
+    flags.json                     the flags the run was started with
 """
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import socket
+import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +30,7 @@ from . import logger
 from .errors import InputError
 
 FLAGS_FILE = "flags.json"
+MAX_FLAGS_BYTES = 1 << 20
 NEWEST = "savedmodel.pt"
 
 
@@ -73,18 +78,49 @@ def make_folder(folder, flag="--results_dir"):
         return
     try:
         os.makedirs(folder, exist_ok=True)
-        probe = Path(folder) / f".writable-{os.getpid()}"
+        probe = _temporary(Path(folder) / "writable")
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
+def claim(folder):
+    """Claim a folder for the training of this process, until what is returned is closed.
+
+    :raises InputError: if another process has claimed it. Buckets, Windows and file systems without locks do not tell.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return contextlib.nullcontext()
+    if is_remote(folder):
+        return contextlib.nullcontext()
+    replace_link(Path(folder) / ".training.lock")
+    file = open(Path(folder) / ".training.lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--results_dir {folder}: another run is training into it; give another folder, or stop that"
+                         f" run") from None
+    except OSError:
+        pass
+    return file
+
+
 def read_bytes(path):
     if is_remote(path):
         with _blobfile().BlobFile(str(path), "rb") as file:
             return file.read()
+    if not os.path.isfile(path):  # a device may never end
+        raise OSError(errno.EINVAL, "is no file", str(path))
     return Path(path).read_bytes()
+
+
+def replace_link(path):
+    """Remove a link that stands in the place of a file to be written, so that nothing is written through it."""
+    if os.path.islink(path):
+        os.unlink(path)
 
 
 def remove(path):
@@ -101,7 +137,7 @@ def write_bytes(path, data):
             file.write(data)
         return
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _temporary(path)
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -110,6 +146,32 @@ def write_bytes(path, data):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _temporary(path):
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def remove_partial(folder):
+    """Remove what processes that were killed while they wrote have left behind in a folder: temporary files of
+    processes of this machine that are gone, and any that are older than a day."""
+    here = f".{socket.gethostname()}."
+    for name in () if is_remote(folder) else _names(folder):
+        match, path = re.fullmatch(r"\..+?(\..+\.)(\d+)\.partial", name), Path(folder, name)
+        with contextlib.suppress(OSError):  # another process may remove it, too
+            gone = match and match[1].endswith(here) and not _runs(int(match[2]))
+            if gone or match and time.time() - path.stat().st_mtime > 86400:
+                path.unlink()
+
+
+def _runs(process):
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # someone else's
+        pass
+    return True
 
 
 # ---- checkpoints ----
@@ -147,6 +209,11 @@ class Saver:
             concurrent.futures.wait([self.job[1]])
         self.poll()
 
+    def finish(self):
+        """Wait half a minute for what is being written, before the process is ended."""
+        if self.job:
+            concurrent.futures.wait([self.job[1]], timeout=30)
+
     def poll(self):
         """Log what has come of the writing, if it is over."""
         if not self.job or not self.job[1].done():
@@ -168,8 +235,12 @@ class Saver:
         except BaseException:
             self._remove(written)  # a part of a checkpoint only takes space
             raise
-        for old in steps_in(self.folder)[:-self.keep] if self.keep else ():
-            self._remove(_files_of(self.folder, old))
+        if self.keep:
+            oldest = steps_in(self.folder)[-self.keep:][0]
+            for name in sorted(_names(self.folder)):
+                match = re.fullmatch(r"optsavedmodel(\d{6,})\.pt", name)
+                if match and int(match[1]) < oldest:  # removed last, so that an interruption is made up for next time
+                    self._remove([*_files_of(self.folder, int(match[1])), name])
 
     def _remove(self, names):
         for name in names:
@@ -199,6 +270,10 @@ def load(path, flag="--model_path"):
         data = io.BytesIO(read_bytes(path))
         if zipfile.is_zipfile(data):  # as all that torch has saved since 2020: with a CRC-32 of every tensor
             with zipfile.ZipFile(data) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("holds compressed parts, which may be of any size and which torch never writes")
+                if sum(entry.file_size for entry in archive.infolist()) > data.getbuffer().nbytes:
+                    raise ValueError("its parts overlap")
                 damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"{damaged} does not agree with its checksum")
@@ -220,7 +295,8 @@ def load_model(model, path, flag="--model_path"):
 
 def load_state(model, state, what):
     """Load a state dict, with or without DDP's "module." before each name; InputError if it does not fit."""
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) and is_plain(value)
+                                                           for name, value in state.items()):
         raise InputError(f"{what}: holds no model weights")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     own = model.state_dict()
@@ -234,6 +310,12 @@ def load_state(model, state, what):
         raise InputError(f"{what}: holds another architecture than the model flags describe: weights"
                          f" {', '.join(parts)}; give the flags it was trained with")
     model.load_state_dict(state)
+
+
+def is_plain(value):
+    """Whether this is a tensor of real numbers that lie in memory."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \
+        and not value.is_complex() and not value.is_quantized
 
 
 def steps_in(folder):
@@ -274,21 +356,34 @@ def step_of(path):
 
 
 def save_flags(folder, flags):
+    flags = {**flags, "checksum": _checksum(flags)}
     write_bytes(join(folder, FLAGS_FILE), (json.dumps(flags, indent=2) + "\n").encode())
 
 
 def load_flags(folder):
-    """The flags stored in a results folder, {} if there are none."""
+    """The flags stored in a results folder, {} if there are none.
+
+    :raises InputError: if they cannot be read, or do not agree with the checksum among them, if there is one.
+    """
     path = join(folder, FLAGS_FILE)
     if not exists(path):
         return {}
     try:
+        if not is_remote(path) and os.path.getsize(path) > MAX_FLAGS_BYTES:
+            raise ValueError(f"it is longer than {MAX_FLAGS_BYTES} bytes")
         flags = json.loads(read_bytes(path))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error}); repair it, or remove it and give the model flags") from None
     if not isinstance(flags, dict):
         raise InputError(f"{path}: does not hold flags; repair it, or remove it and give the model flags")
+    if flags.pop("checksum", None) not in (None, _checksum(flags)):
+        raise InputError(f"{path}: does not agree with its checksum; repair it, or take the line of the checksum out if"
+                         f" it was changed on purpose")
     return flags
+
+
+def _checksum(flags):
+    return zlib.crc32(json.dumps(flags, sort_keys=True).encode())
 
 
 def digest(path):

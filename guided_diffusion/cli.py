@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from . import checkpoint, dist_util
 from .errors import InputError
-from .script_util import FLAGS, choose_sampler, defaults, parse_numbers
+from .script_util import FLAGS, check_value, choose_sampler, defaults, parse_numbers
 
 # the groups of flags that a script takes
 JOBS = {
@@ -82,16 +82,35 @@ def parse_flags(job, description, argv=None):
     return args, given
 
 
+def start_script(job, description):
+    """Read the command line of a script and join the processes that the launcher started, with the same flags.
+
+    Returns as parse_flags does.
+    """
+    args, given, problem = SimpleNamespace(ngpu=0, local_rank=None, dist_timeout=600.0), {}, None
+    try:
+        args, given = parse_flags(job, description)
+    except InputError as error:
+        problem = error
+    dist_util.setup_dist(args.ngpu, args.local_rank, args.dist_timeout)
+    with dist_util.all_ranks_or_none():
+        if problem:
+            raise problem
+    flags = {name: str(value) for name, value in vars(args).items() if name != "local_rank"}
+    first, *others = dist_util.all_gather_objects(flags)
+    for number, other in enumerate(others, 1):
+        unlike = [f"--{name} ({first[name]} on rank 0, {other.get(name)} on rank {number})"
+                  for name in first if other.get(name) != first[name]]
+        if unlike:
+            raise InputError(f"{', '.join(unlike)}: give every process the same flags", on_every_rank=True)
+    return args, given
+
+
 def _check_ranges(job, args, given):
     values = vars(args)
     for flag in FLAGS:
-        value = values[flag.name] if flag.group in JOBS[job] else None
-        if not isinstance(value, (int, float)):
-            continue
-        if flag.least is not None and not value >= flag.least:
-            raise InputError(f"--{flag.name} {value}: must be at least {flag.least}")
-        if not abs(value) <= flag.most:  # nor is nan
-            raise InputError(f"--{flag.name} {value}: must be a number of at most {flag.most}")
+        if flag.group in JOBS[job] and flag.name in given:
+            check_value(flag, given[flag.name], f"--{flag.name}")
     if values.get("median_blur") and values["median_blur"] % 2 == 0:
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
     if job == "sampling":
@@ -106,9 +125,6 @@ def _check_ranges(job, args, given):
         raise InputError("--class_cond True: cases hold no class labels; use create_model(class_cond=True) from Python")
     if values.get("use_fp16") and values.get("use_bf16"):
         raise InputError("--use_fp16 and --use_bf16: choose one")
-    for name, kind, most in (("channel_mult", float, 1024), ("num_filters", int, 65536)):
-        if not all(0 < number <= most for number in parse_numbers(kind, values.get(name, ""), name)):
-            raise InputError(f"--{name} {values[name]}: every number must be above 0 and at most {most}")
     if "ema_rate" in values:
         rates = parse_numbers(float, args.ema_rate, "ema_rate")
         if not rates or not all(0 <= rate < 1 for rate in rates):
@@ -135,11 +151,14 @@ def run_script(main):
     try:
         main()
     except InputError as error:
-        parsing = not dist_util.dist.is_initialized() and dist_util.launch_rank() > 0
-        if not parsing and (dist_util.rank() == 0 or not error.on_every_rank):
+        if dist_util.launch_rank() == 0 or not error.on_every_rank:
             print(f"{sys.argv[0]}: error: {error}", file=sys.stderr, flush=True)
-        dist_util.cleanup()
+        dist_util.cleanup(failed=not error.on_every_rank)
         sys.exit(2)
+    except RuntimeError:
+        if not dist_util.run_has_ended():
+            raise
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

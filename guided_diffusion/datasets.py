@@ -27,6 +27,7 @@ FITS = ("error", "resize", "crop")
 MEMORY_BYTES = 4 << 30  # decoded data sets up to this size are kept in memory, larger ones in a file beside the data
 JPEG_RINGING = 32  # an empty JPEG label may hold values up to about this, of 255
 MAX_NAME_BYTES = 200  # of a case, so that the names of its results are none too long for a file system
+_NOTHING = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.uint8)  # in the place of a case that cannot be read
 _UNSAFE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, bytes that are no UTF-8
 
 
@@ -58,14 +59,17 @@ class SegmentationCases:
     :param need_labels: False for scans nobody has outlined; cases without labels then have masks [0, H, W].
     :param limit: take the first cases only (0: all).
     :param progress: show a bar while checking.
+    :param skip_bad: keep the places of cases whose files are wrong rather than refuse the folder: reading such an item
+        raises InputError, and `problems` says what is wrong with it, {number: message}; see `readable`.
     :raises InputError: naming everything that is wrong, file by file.
     """
 
-    def __init__(self, data_dir, image_size, image_channels=4, fit="error", need_labels=True, limit=0, progress=False):
+    def __init__(self, data_dir, image_size, image_channels=4, fit="error", need_labels=True, limit=0, progress=False,
+                 skip_bad=False):
         if fit not in FITS:
             raise InputError(f"--fit {fit} is none of {', '.join(FITS)}")
         self.data_dir, self.image_size, self.image_channels = data_dir, image_size, image_channels
-        self.fit, self.need_labels = fit, need_labels
+        self.fit, self.need_labels, self.skip_bad, self.problems = fit, need_labels, skip_bad, {}
         self.cases = find_cases(data_dir)
         if limit:
             self.cases = self.cases[:limit]
@@ -82,29 +86,41 @@ class SegmentationCases:
         masks = np.unpackbits(masks, axis=1, count=self.image_size ** 2).astype(bool)
         return Case(self.cases[i].name, image, masks.reshape(len(masks), self.image_size, self.image_size))
 
+    def readable(self, numbers):
+        """Yields (number, Case) of these; those that cannot be read, or not any more, join `problems` instead."""
+        for i in numbers:
+            try:
+                case = self[i]
+            except InputError as error:
+                self.problems[i] = str(error)
+            else:
+                yield i, case
+
     def compact(self, i):
         """Case i as it is kept: image [c, S, S] uint8 or uint16, c 1 or image_channels, and masks as packed bits,
         [R, ceil(S * S / 8)] uint8."""
-        return self.decoded[i] if self.decoded is not None else self._decode(self.cases[i])
+        image, masks = _NOTHING if self.decoded is None else self.decoded[i]
+        return (image, masks) if len(image) else self._decode(self.cases[i])
 
     def _decode_all(self, progress):
         """Check every case; returns the decoded ones, None if they are not kept, and words for where they are."""
         sample = [self._attempt(files) for files in self.cases[::-(-len(self.cases) // 8)]]
         largest = max((sum(part.nbytes for part in case) for case in sample if not isinstance(case, str)), default=0)
+        everything = range(len(self.cases))
         if largest * len(self.cases) <= MEMORY_BYTES:
-            return list(self._checked(progress)), "in memory"
+            return list(self._checked(everything, progress)), "in memory"
         path, key = Path(self.data_dir, f".decoded_{self.image_size}_{self.fit}"), self._key()
         kept = f"decoded in {path}"
         with contextlib.suppress(OSError):
-            return decoded_file.DecodedFile(path, key), kept
+            return self._decoded_file(path, key), kept
         try:
             with decoded_file.locked(path):
                 with contextlib.suppress(OSError):  # another process may have written it meanwhile
-                    return decoded_file.DecodedFile(path, key), kept
-                decoded_file.write(path, key, self._checked(progress))
+                    return self._decoded_file(path, key), kept
+                decoded_file.write(path, key, self._checked(everything, progress))
                 return decoded_file.DecodedFile(path, key), kept
         except OSError as error:
-            deque(self._checked(progress), 0)
+            deque(self._checked(everything, progress), 0)
             return None, f"decoded at every visit: {path} cannot be written ({error.strerror or error})"
 
     def _key(self):
@@ -120,17 +136,26 @@ class SegmentationCases:
                 digest.update(repr((str(path.relative_to(self.data_dir)), state)).encode())
         return digest.hexdigest()
 
-    def _checked(self, progress):
-        """Decode every case on several threads and yield those that are right; raises all problems at the end."""
-        problems = []
-        results = tqdm(read_ahead(self._attempt, self.cases), f"checking {self.data_dir}", len(self.cases), leave=False,
-                       disable=None if progress else True, unit=" cases")
-        for result in results:
+    def _decoded_file(self, path, key):
+        """The DecodedFile of that key; the cases that it lacks are tried again."""
+        decoded = decoded_file.DecodedFile(path, key)
+        sizes = {(0, 0, 0), *((c, self.image_size, self.image_size) for c in (1, self.image_channels))}
+        if len(decoded) != len(self.cases) or not {image.shape for image, _ in decoded} <= sizes:
+            raise OSError(f"{path}: is of other cases")
+        deque(self._checked([i for i, (image, _) in enumerate(decoded) if not len(image)]), 0)
+        return decoded
+
+    def _checked(self, numbers, progress=False):
+        """Decode these cases on several threads and yield them, _NOTHING where one is wrong; all `problems` are raised
+        at the end unless skip_bad."""
+        results = tqdm(read_ahead(self._attempt, [self.cases[i] for i in numbers]), f"checking {self.data_dir}",
+                       len(numbers), leave=False, disable=None if progress else True, unit=" cases")
+        for i, result in zip(numbers, results):
             if isinstance(result, str):
-                problems.append(result)
-            else:
-                yield result
-        raise_problems(problems, self.data_dir)
+                self.problems[i] = result
+            yield _NOTHING if i in self.problems else result
+        if not self.skip_bad:
+            raise_problems([*self.problems.values()], self.data_dir)
 
     def _attempt(self, files):
         """_decode, or what is wrong as a string."""

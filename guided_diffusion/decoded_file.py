@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from . import checkpoint
+
 _MAGIC = b"DECODED1"
 _TAIL = struct.Struct("<Q8s")
 
@@ -38,11 +40,21 @@ class DecodedFile:
             index = json.loads(text)
             found = index["key"]
             self.records = np.array(index["records"]).reshape(-1, 6)  # offset, bytes a value, C, S, R, bytes a mask
-        except (ValueError, LookupError, TypeError):
+            self._check(size)
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise OSError(f"{path}: its index cannot be read") from None
         if found != key:
             raise OSError(f"{path}: is of other files, or of an earlier state of them")
         self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
+
+    def _check(self, size):
+        """Raise ValueError unless every record lies in the file, as its numbers say."""
+        if self.records.size and self.records.dtype.kind != "i" or (self.records < 0).any():
+            raise ValueError
+        offset, itemsize, channels, side, raters, row = self.records.astype(float).T  # without overflow
+        ends = offset + channels * side ** 2 * itemsize + raters * row
+        if not np.isin(itemsize, (1, 2)).all() or (ends > size).any() or (row != (side ** 2 + 7) // 8).any():
+            raise ValueError
 
     def __len__(self):
         return len(self.records)
@@ -59,6 +71,7 @@ def write(path, key, records):
     """Write a DecodedFile of an iterable of records; nothing is left behind if that fails."""
     path, offset, index = Path(path), 0, []
     part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
         with open(part, "wb") as file:
             for image, masks in records:
@@ -82,6 +95,7 @@ def locked(path):
     except ImportError:
         yield
         return
+    checkpoint.replace_link(f"{path}.lock")
     with open(f"{path}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

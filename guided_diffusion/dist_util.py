@@ -1,49 +1,90 @@
 """Processes, ranks and devices: one script under python, torch.distributed.launch, torchrun or mpiexec."""
 
 import contextlib
+import io
 import os
 import socket
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from . import logger, rank_watch
 from .errors import InputError
 
+watch = None  # the RankWatch of this process, if it is one of several
+_FOREVER = timedelta(days=365)  # ends a collective: never, since it is the watch that looks for ranks that hang
 
-def setup_dist(ngpu=0, local_rank=None):
+
+def setup_dist(ngpu=0, local_rank=None, timeout=600):
     """Join the processes that the launcher started; alone, do nothing.
 
     Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, ... in the environment) and mpiexec (through
     mpi4py, imported only then). NCCL with CUDA, gloo without.
 
     :param ngpu: the number of processes the user asked for, 0 for as many as there are. Started alone with more
-        than 1, the script starts itself again that many times with torchrun.
+        than 1, the script starts itself again that many times, and leaves with their exit code.
     :param local_rank: what old launchers pass as a flag; newer ones set LOCAL_RANK, which wins.
+    :param timeout: seconds to wait for processes to join, and later until one that hangs ends the run.
+    :raises InputError: if they do not join, or there are more of them than GPUs.
     """
+    global watch
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     if "WORLD_SIZE" not in os.environ and _mpi_size() > 1:
         _environment_from_mpi()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if ngpu > 1 and "WORLD_SIZE" not in os.environ:
-        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                  f"--nproc_per_node={ngpu}", *sys.argv])
+        sys.exit(_launch(ngpu))
     if ngpu and ngpu != world_size:
-        raise InputError(f"--ngpu {ngpu}, but the launcher started {world_size} process(es); leave --ngpu away")
+        raise InputError(f"--ngpu {ngpu}, but the launcher started {world_size} process(es); leave --ngpu away",
+                         on_every_rank=True)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         # asked of the number of processes, not of this one's own GPU: rank 0, which speaks to the user, must see it too
         processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
         if processes > torch.cuda.device_count():
             raise InputError(f"{processes} processes on a machine with {torch.cuda.device_count()} GPU(s) visible;"
-                             f" start at most that many (--nproc_per_node, or --ngpu)")
+                             f" start at most that many (--nproc_per_node, or --ngpu)", on_every_rank=True)
         torch.cuda.set_device(local_rank)
     elif world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets 1 where the user sets none
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(max(1, _cpus() // local_size))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        _join(timeout)
+        watch = rank_watch.connect(rank(), world_size, os.environ["MASTER_ADDR"], all_gather_objects, timeout)
+        if watch is None and rank() == 0:
+            logger.log("ranks cannot reach rank 0 on a port of its own: one that hangs will not be noticed")
+
+
+def _join(timeout):
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
+                                rank=number, world_size=size, timeout=_FOREVER)
+    except (KeyError, ValueError, RuntimeError) as error:  # dist.DistError is a RuntimeError
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise InputError(f"--master_port: {where} is taken by another program; give another port") from None
+        raise InputError(f"the processes could not join at {where} within --dist_timeout {timeout:g} seconds; was each"
+                         f" of them started, with the same address? ({str(error).strip().splitlines()[0]})") from None
+
+
+def _launch(ngpu):
+    """Run this script in so many processes under torchrun; returns the exit code of the run."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    try:
+        run(parse_args(["--standalone", f"--nproc_per_node={ngpu}", *sys.argv]))
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except ChildFailedError as error:
+        return max(1, *(failure.exitcode for failure in error.failures.values()))
+    return 0
 
 
 def launch_rank():
@@ -75,19 +116,36 @@ def _environment_from_mpi():
             port = probe.getsockname()[1]
     else:
         address = port = None
-    address, port = world.bcast((address, port))
+    where = bytearray(f"{address} {port}".encode().ljust(300))  # as bytes, which need no pickle
+    world.Bcast(where)
+    address, port = where.decode().split()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local.rank),
-                      LOCAL_WORLD_SIZE=str(local.size), MASTER_ADDR=address, MASTER_PORT=str(port))
+                      LOCAL_WORLD_SIZE=str(local.size), MASTER_ADDR=address, MASTER_PORT=port)
 
 
 def _cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cleanup():
-    """Leave the process group, if there is one."""
+def cleanup(failed=False):
+    """Leave the process group, if there is one; `failed` ends the other ranks, too."""
+    global watch
+    if watch:
+        watch.close(failed)
+        watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def at(place, doing=""):
+    """Tell the other ranks how far this one is, see RankWatch.at."""
+    if watch:
+        watch.at(place, doing)
+
+
+def run_has_ended():
+    """Whether a collective has just failed because another rank ended, which the watch has then reported."""
+    return watch is not None and watch.found.wait(5)
 
 
 def rank():
@@ -114,12 +172,21 @@ def barrier():
 
 
 def all_gather_objects(value):
-    """`value` of every rank, as a list in the order of ranks."""
+    """`value` of every rank, as a list in the order of ranks: numbers, strings, tensors, and lists and dicts of them.
+
+    What comes from the network is read as weights only, so that it cannot run code.
+    """
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    sizes = all_gather(torch.tensor([len(data)])).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[:len(data)] = data
+    parts = all_gather(padded).split(max(sizes))
+    return [torch.load(io.BytesIO(part[:size].numpy()), map_location="cpu", weights_only=True)
+            for part, size in zip(parts, sizes)]
 
 
 def all_gather(tensor):
@@ -133,15 +200,18 @@ def all_gather(tensor):
 
 @contextlib.contextmanager
 def all_ranks_or_none():
-    """An InputError that any rank meets inside is raised on every rank, so that none waits for one that left."""
+    """An InputError that any rank meets inside is raised on every rank, so that none waits for one that left; it names
+    the rank if not all of them met it."""
     error = None
     try:
         yield
     except InputError as caught:
         error = caught
-    first = next((message for message in all_gather_objects(error and str(error)) if message), None)
+    messages = all_gather_objects(error and str(error))
+    first = next((message for message in messages if message), None)
     if first:
-        raise InputError(first, on_every_rank=True)
+        where = "" if set(messages) == {first} else f"on rank {messages.index(first)}: "
+        raise InputError(where + first, on_every_rank=True)
 
 
 class StopFlag:
@@ -151,7 +221,7 @@ class StopFlag:
     """
 
     def __init__(self):
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = dist.new_group(backend="gloo", timeout=_FOREVER) if dist.is_initialized() else None
         self.pending = None
 
     def __call__(self, wanted):

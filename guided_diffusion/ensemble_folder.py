@@ -3,7 +3,7 @@
 import os
 import re
 import string
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class EnsembleFolder:
         if sorted(sum(fields, [])) != ["case", "i"] or "i" not in fields[1]:
             raise InputError(f"--pattern {pattern}: must hold {{case}} and, in the file's name, {{i}}, each once, as in"
                              f" {{case}}_output{{i}}.png or {{case}}/{{i:03d}}.png")
-        if pattern.startswith("/") or ".." in pattern.split("/"):
+        if PurePath(pattern).anchor or ".." in PurePath(pattern).parts:
             raise InputError(f"--pattern {pattern}: leads out of --samples_dir; give that folder as --samples_dir, and"
                              f" the rest as --pattern")
         if not os.path.isdir(folder):
@@ -64,6 +64,8 @@ class EnsembleFolder:
         return found
 
     def _members(self, case):
+        if case in ("", ".", "..") or PurePath(case).name != case:
+            raise InputError(f"{case!r}: is no name of a case, since it would lead out of {self.folder}; rename it")
         folder, _, name = self.pattern.rpartition("/")
         folder = Path(self.folder, folder.format(case=case))
         if folder not in self._listed:

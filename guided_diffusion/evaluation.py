@@ -13,6 +13,7 @@ import torch
 
 from . import checkpoint, dist_util, metrics, montage
 from .errors import InputError
+from .sample_util import writing
 from .script_util import parse_numbers
 
 MODEL, RATERS, BACKGROUND = "model", "resampled raters", "all background"
@@ -67,12 +68,19 @@ class Evaluation:
         table[BACKGROUND, "all"] = _as_row(metrics.scores(torch.zeros_like(y[:1]), y))
         calibration = metrics.Agreement(p, y).calibration().cpu().numpy()
         self.rows.append(_Row(name, m, n, table, calibration))
-        self.shown = _extremes([*self.shown, (table[MODEL, "all"][0], name, image, raters, predictions)])
+        self.shown = _extremes([*self.shown, (float(table[MODEL, "all"][0]), name, image, raters, predictions)])
 
     def gather(self):
         """Bring together what all ranks scored, on every rank, in the order of names."""
-        self.rows = sorted(sum(dist_util.all_gather_objects(self.rows), []), key=lambda row: row.case)
-        self.shown = _extremes(sum(dist_util.all_gather_objects(self.shown), []))
+        rows = [(*row[:3], {key: torch.from_numpy(values) for key, values in row.scores.items()},
+                 torch.from_numpy(row.calibration)) for row in self.rows]
+        shown = [(*case[:2], *map(torch.from_numpy, case[2:])) for case in self.shown]
+        parts = dist_util.all_gather_objects((rows, shown))
+        rows = [_Row(*row, {key: values.numpy() for key, values in scores.items()}, calibration.numpy())
+                for rows, _ in parts for *row, scores, calibration in rows]
+        self.rows = sorted(rows, key=lambda row: row.case)
+        self.shown = _extremes((*case[:2], *(tensor.numpy() for tensor in case[2:]))
+                               for _, shown in parts for case in shown)
 
     def patients(self):
         return [metrics.patient_of(row.case, self.patient_pattern) for row in self.rows]
@@ -104,7 +112,10 @@ class Evaluation:
         return summary
 
     def write(self, folder):
-        """Write scores.csv, scores.json, scores.png, best.png and worst.png; returns the summary."""
+        """Write scores.csv, scores.json, scores.png, best.png and worst.png; returns the summary.
+
+        :raises InputError: if a file cannot be written.
+        """
         from .plots import score_figure  # brings matplotlib along
 
         summary = self.summary()
@@ -115,7 +126,8 @@ class Evaluation:
                      for ged, case, image, raters, predictions in cases]
             files[name] = montage.png(montage.stack(pages))
         for name, data in files.items():
-            checkpoint.write_bytes(checkpoint.join(folder, name), data)
+            with writing(checkpoint.join(folder, name)) as path:
+                checkpoint.write_bytes(path, data)
         return summary
 
     def _csv(self):

@@ -6,6 +6,7 @@ the files, not the run.
 
 import contextlib
 import csv
+import io
 import json
 import os
 import time
@@ -13,18 +14,25 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from . import checkpoint
+
 
 class Logger:
-    def __init__(self, folder=None, enabled=True):
+    def __init__(self, folder=None, enabled=True, last_step=None):
         self.enabled = enabled
         self.folder = Path(folder) if folder else None
         self._text = self._json = self._board = None
         self._start = time.time()
         if enabled and folder:
             os.makedirs(folder, exist_ok=True)
+            for name in ("log.txt", "progress.json", "progress.csv"):
+                checkpoint.replace_link(self.folder / name)
             self._text = open(self.folder / "log.txt", "a", encoding="utf-8")
+            with contextlib.suppress(OSError):
+                if last_step is not None:
+                    self._forget_after(last_step)
             self._json = open(self.folder / "progress.json", "a", encoding="utf-8")
-            self._board = _tensorboard(self.folder / "tensorboard")
+            self._board = _tensorboard(self.folder / "tensorboard", last_step)
 
     def log(self, *parts):
         if self.enabled:
@@ -60,6 +68,15 @@ class Logger:
                 self._text.write(text + "\n")
                 self._text.flush()
 
+    def _forget_after(self, last_step):
+        """Drop the rows of later steps, which will be trained again, and a line that was cut off."""
+        lines = []
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.folder / "progress.json").read_text(encoding="utf-8").splitlines()
+        kept = [row for row in map(_parsed, lines) if row and row["step"] <= last_step]
+        checkpoint.write_bytes(self.folder / "progress.json", "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._write_csv(list(dict.fromkeys(name for row in kept for name in row)), kept)
+
     def _append_csv(self, values):
         """Append a row; a column not seen before rewrites the file with it."""
         path = self.folder / "progress.csv"
@@ -79,20 +96,31 @@ class Logger:
             with open(path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, columns).writerow(values)
             return
-        whole = path.with_name(".progress.csv.partial")
-        with open(whole, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows([*rows, values])
-        os.replace(whole, path)
+        self._write_csv(columns, [*rows, values])
+
+    def _write_csv(self, columns, rows):
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        checkpoint.write_bytes(self.folder / "progress.csv", table.getvalue().encode())
 
 
-def _tensorboard(folder):
+def _parsed(line):
+    """A row of progress.json, None if it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
+
+
+def _tensorboard(folder, last_step):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=None if last_step is None else last_step + 1)
 
 
 def _table(values):
@@ -105,11 +133,14 @@ def _table(values):
 _current = Logger()
 
 
-def configure(folder=None, enabled=True):
-    """Send everything from here on to `folder` (None: the terminal only); `enabled` is False on ranks above 0."""
+def configure(folder=None, enabled=True, last_step=None):
+    """Send everything from here on to `folder` (None: the terminal only); `enabled` is False on ranks above 0.
+
+    :param last_step: rows of progress.* for later steps are dropped, since a run goes on from this one (None: none).
+    """
     global _current
     _current.close()
-    _current = Logger(folder, enabled)
+    _current = Logger(folder, enabled, last_step)
 
 
 def log(*parts):

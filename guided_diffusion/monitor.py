@@ -1,7 +1,8 @@
 """The Visdom view of a run: loss curves, and the images of the latest batch with the prediction.
 
 Everything is sent from a thread of its own, through a short queue: a server that is absent, slow or dies costs the
-run one line in the log and no time. Pictures go to the server on this machine and nowhere else.
+run one line in the log and no time. Pictures go to the server on this machine and nowhere else: neither through a proxy
+that the environment names nor where a server redirects to.
 """
 
 import logging
@@ -71,8 +72,7 @@ class Monitor:
         jobs = self._queue
         logging.getLogger("visdom").setLevel(logging.CRITICAL)  # what there is to say, the log says below
         try:
-            server = visdom.Visdom(server="http://127.0.0.1", port=port, env=env, use_incoming_socket=False,
-                                   raise_exceptions=True)
+            server = _client(visdom, port, env)
             while True:
                 method, kwargs = jobs.get()
                 if method == "close":
@@ -83,3 +83,17 @@ class Monitor:
             logger.log(f"the Visdom server on port {port} stopped answering ({type(error).__name__});"
                        f" going on without")
             self._queue = None
+
+
+def _client(visdom, port, env):
+    """A visdom.Visdom that speaks to 127.0.0.1 alone, from the request of its constructor on."""
+    import requests
+
+    direct = requests.Session()
+    direct.trust_env = False  # else http_proxy, ALL_PROXY and .netrc count
+    direct.max_redirects = 0  # else a redirect takes the pictures along
+
+    class Client(visdom.Visdom):
+        session = direct
+
+    return Client(server="http://127.0.0.1", port=port, env=env, use_incoming_socket=False, raise_exceptions=True)

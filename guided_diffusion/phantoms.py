@@ -24,6 +24,7 @@ from .phantom_scenery import SIDE, TURN, blur, draw_background, draw_textures
 REACH = 26.5        # no outline goes further from the patch's centre, units: the central half has +-32
 NEGLIGIBLE = 2e-3   # outlines rarer than this are left out
 JPEG_QUALITY = 95   # labels come back exactly when thresholded at half of full scale
+MAX_PIXELS = 1 << 26  # of all outlines of one case; a truth.npz that claims to hold more is refused
 
 # An expert says yes to a choice with probability 1 / (1 + exp(-(feature - midpoint) / scale)).
 # choice: (feature, midpoint, scale), in the feature's unit
@@ -124,11 +125,28 @@ def write_cases(out_dir, count, seed, size=128, num_raters=4, first_index=0, pro
 
 
 def load_truth(case_folder):
-    """The distribution that the raters of a case were drawn from: outlines bool [K, H, W], probabilities [K]."""
-    with np.load(Path(case_folder) / "truth.npz", allow_pickle=False) as truth:
-        shape = tuple(truth["shape"])
-        outlines = np.unpackbits(truth["outlines"], count=math.prod(shape)).reshape(shape).astype(bool)
-        return outlines, truth["probabilities"]
+    """The distribution that the raters of a case were drawn from: outlines bool [K, H, W], probabilities [K].
+
+    :raises InputError: naming the file, unless it is whole and of the kind and size that write_case writes.
+    """
+    path = Path(case_folder) / "truth.npz"
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_PIXELS:
+            raise ValueError(f"there is no file of at most {MAX_PIXELS} bytes")
+        with np.load(path, allow_pickle=False) as truth:
+            if sum(entry.file_size for entry in truth.zip.infolist()) > MAX_PIXELS:
+                raise ValueError(f"it unpacks to more than {MAX_PIXELS} bytes")
+            packed, shape, probabilities = (truth[name] for name in ("outlines", "shape", "probabilities"))
+        shape = tuple(map(int, shape))
+        pixels = math.prod(shape)
+        if len(shape) != 3 or min(shape) < 1 or pixels > MAX_PIXELS or packed.size != -(-pixels // 8):
+            raise ValueError(f"its outlines are said to be {list(shape)}")
+        if probabilities.shape != shape[:1] or probabilities.min() < 0 or not np.isclose(probabilities.sum(), 1):
+            raise ValueError("its probabilities are not one an outline that add up to 1")
+        return np.unpackbits(packed, count=pixels).reshape(shape).astype(bool), probabilities
+    except Exception as error:  # numpy, zipfile and zlib raise almost anything on a damaged file
+        reason = (str(error) or type(error).__name__).split("\n")[0]
+        raise InputError(f"{path}: cannot be read ({reason}); write its case again with make_phantoms.py") from None
 
 
 def _distribution(parts, chance):

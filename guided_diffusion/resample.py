@@ -84,6 +84,6 @@ class LossSecondMomentResampler(ScheduleSampler):
         return {"history": torch.from_numpy(self.history.copy()), "counts": torch.from_numpy(self.counts.copy())}
 
     def load_state_dict(self, state):
-        if state and state["history"].shape == self.history.shape:
-            self.history = state["history"].numpy().copy()
-            self.counts = state["counts"].numpy().copy()
+        if state and state["history"].shape == self.history.shape and state["counts"].shape == self.counts.shape:
+            self.history = state["history"].numpy().astype(self.history.dtype)
+            self.counts = state["counts"].numpy().astype(self.counts.dtype)

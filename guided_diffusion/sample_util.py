@@ -2,10 +2,12 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -182,7 +184,12 @@ def _grey(values):
 
 
 def case_files(case_name, num_ensemble):
-    """Names of all files of a case; the last one is written last."""
+    """Names of all files of a case; the last one is written last.
+
+    :raises InputError: for a name that would lead out of a folder.
+    """
+    if os.path.basename(case_name) != case_name:
+        raise InputError(f"{case_name!r}: is no name of a case, since it leads to another folder; rename it")
     return [*(f"{case_name}_output{i}.png" for i in range(num_ensemble)),
             *(f"{case_name}_{kind}" for kind in ("mean.png", "std.png", "montage.png", "ensemble.npz"))]
 
@@ -197,21 +204,34 @@ def write_case(folder, case, samples, median_blur=0, fingerprint=""):
     <case>_ensemble.npz    samples [n, H, W] float32 before the threshold, and the fingerprint of what drew them
 
     :param samples: [n, H, W] float32. Members of an older, larger ensemble of the case are removed.
+    :raises InputError: if a file cannot be written.
     """
     masks = to_masks(samples, median_blur)
-    if not checkpoint.is_remote(folder):
-        for name in os.listdir(folder):
-            match = re.fullmatch(re.escape(case.name) + r"_output(\d+)\.png", name)
-            if match and int(match[1]) >= len(masks):
-                os.unlink(os.path.join(folder, name))
     pictures = [*map(_grey, masks), _grey(masks.mean(0)), _grey(2 * masks.std(0)),
                 montage.case_montage(case.name, case.image, case.masks, masks)]
     *names, ensemble = case_files(case.name, len(masks))
-    for name, picture in zip(names, pictures):
-        checkpoint.write_bytes(checkpoint.join(folder, name), montage.png(picture))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, samples=samples.astype(np.float32), fingerprint=np.array(fingerprint))
-    checkpoint.write_bytes(checkpoint.join(folder, ensemble), buffer.getvalue())
+    with writing(checkpoint.join(folder, ensemble)) as path:
+        if checkpoint.exists(path):  # of an older ensemble, which is not whole once the first picture is another's
+            checkpoint.remove(path)
+        for name in () if checkpoint.is_remote(folder) else os.listdir(folder):
+            match = re.fullmatch(re.escape(case.name) + r"_output(\d+)\.png", name)
+            if match and int(match[1]) >= len(masks):
+                os.unlink(os.path.join(folder, name))
+    for name, data in zip((*names, ensemble), (*map(montage.png, pictures), buffer.getvalue())):
+        with writing(checkpoint.join(folder, name)) as path:
+            checkpoint.write_bytes(path, data)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Inside, an OSError becomes an InputError that names this file and the remedy."""
+    try:
+        yield path
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); mend that and give the same command"
+                         f" again: cases that are complete are kept") from None
 
 
 def fingerprint(case, **settings):
@@ -221,13 +241,51 @@ def fingerprint(case, **settings):
     return text.hexdigest()
 
 
-def is_complete(folder, case_name, num_ensemble, wanted):
-    """Whether all files of a case are there, from the settings with the fingerprint `wanted`."""
-    paths = [checkpoint.join(folder, name) for name in case_files(case_name, num_ensemble)]
+def is_complete(folder, case_name, shape, wanted):
+    """Whether all files of a case are there, its samples of this shape (n, H, W) and from the settings with the
+    fingerprint `wanted`."""
+    paths = [checkpoint.join(folder, name) for name in case_files(case_name, shape[0])]
     if not all(map(checkpoint.exists, paths)):
         return False
+    most = 5 * math.prod(shape) + 4096  # bytes, packed or not: 4 a pixel, and some around them
     try:
+        if not checkpoint.is_remote(folder) and os.path.getsize(paths[-1]) > most:
+            return False
         with np.load(io.BytesIO(checkpoint.read_bytes(paths[-1])), allow_pickle=False) as stored:
-            return str(stored["fingerprint"]) == wanted and len(stored["samples"]) == num_ensemble
+            if sum(member.file_size for member in stored.zip.infolist()) > most:  # no more than that is unpacked
+                return False
+            return str(stored["fingerprint"]) == wanted and stored["samples"].shape == shape
     except Exception:  # numpy, zipfile and zlib raise almost anything on a damaged file
         return False
+
+
+# ---- masks that are kept until all cases are scored ----
+
+def kept_file(folder, case_name):
+    return checkpoint.join(folder, f".drawn_{case_name}.pt")
+
+
+def keep_masks(folder, case_name, masks, fingerprint):
+    """Keep masks [n, H, W] bool, and the fingerprint of what drew them, for a run that goes on after this one.
+
+    :raises InputError: if the file cannot be written.
+    """
+    packed = torch.from_numpy(np.packbits(masks.reshape(len(masks), -1), axis=1))
+    with writing(kept_file(folder, case_name)) as path:
+        checkpoint.save(path, {"fingerprint": fingerprint, "masks": packed})
+
+
+def kept_masks(folder, case_name, shape, wanted):
+    """What keep_masks has kept: masks of this shape (n, H, W), None unless they are whole and of the fingerprint
+    `wanted`."""
+    path = kept_file(folder, case_name)
+    if not checkpoint.exists(path):
+        return None
+    try:
+        kept = checkpoint.load(path)
+        packed, pixels = kept["masks"], math.prod(shape[1:])
+        if kept["fingerprint"] != wanted or packed.shape != (shape[0], -(-pixels // 8)):
+            return None
+        return np.unpackbits(packed.numpy(), axis=1, count=pixels).astype(bool).reshape(shape)
+    except Exception:  # a damaged file, or one of another kind
+        return None

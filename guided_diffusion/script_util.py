@@ -93,8 +93,10 @@ FLAGS = [
          least=0),
     Flag("save_patience", int, 3, "go on training while nothing can be saved, for so many save intervals", "training",
          least=1),
-    Flag("resume_checkpoint", str, "", 'go on from this savedmodel<step>.pt ("": from the newest in the results folder'
-         ' if there is one)', "training"),
+    Flag("resume_checkpoint", str, "", 'go on from this savedmodel<step>.pt ("" or auto: from the newest whole one in'
+         ' the results folder, if there is one)', "training"),
+    Flag("deterministic", bool, False, "the same to the last bit each time, on CUDA too, which is slower there",
+         "training"),
     Flag("grad_clip", float, 0.0, "the largest norm of the gradient; a longer one is shortened to it (0: any)",
          "training", least=0),
     Flag("max_bad_steps", int, 50, "steps whose gradient is not finite are skipped; give up after so many in a row",
@@ -148,6 +150,8 @@ FLAGS = [
     Flag("seed", int, 0, "seed of everything random", "files and processes", least=0),
     Flag("ngpu", int, 0, "start so many processes on this machine, one a GPU (0: as the launcher did)",
          "files and processes", least=0, most=1024),
+    Flag("dist_timeout", float, 600.0, "seconds after which a process that died or hangs ends the others",
+         "files and processes", least=1, most=10 ** 8),
     Flag("local_rank", int, None, "set by old launchers", "files and processes"),
 
     Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
@@ -157,6 +161,8 @@ FLAGS = [
 
 # These change how the network is run or trained, not what it is; they may differ from the stored ones.
 _FREE = {"dropout", "use_checkpoint", "use_fp16", "use_bf16", "timestep_respacing"}
+# What of a run's stored flags the readers of its checkpoints go by.
+STORED = [flag for flag in FLAGS if flag.group in ("model", "diffusion", "encoders") and flag.name not in _FREE]
 
 
 def defaults(*groups):
@@ -170,24 +176,52 @@ def model_and_diffusion_defaults():
 
 
 def stored_flags(args):
-    """Those flags of a training run that a checkpoint's reader must know, as a dict."""
-    names = defaults("model", "diffusion", "encoders").keys() - _FREE
-    return {flag.name: getattr(args, flag.name) for flag in FLAGS if flag.name in names}
+    """What flags.json holds of a run: all its flags but the rank, which is each process's own."""
+    return {name: value for name, value in vars(args).items() if name != "local_rank"}
+
+
+def check_value(flag, value, name):
+    """InputError, calling the flag `name`, unless this is a value of its type and within its limits."""
+    kinds = {float: (int, float), number_or_auto: (int, str)}.get(flag.type, (flag.type,))
+    if isinstance(flag.type, tuple):
+        if value not in flag.type:
+            raise InputError(f"{name} {value!r}: must be one of {', '.join(flag.type)}")
+    elif type(value) not in kinds:
+        raise InputError(f"{name} {value!r}: must be of the type {kinds[-1].__name__}")
+    if type(value) in (int, float):
+        if flag.least is not None and not value >= flag.least:
+            raise InputError(f"{name} {value}: must be at least {flag.least}")
+        if not abs(value) <= flag.most:  # nor is nan
+            raise InputError(f"{name} {value}: must be a number of at most {flag.most}")
 
 
 def apply_stored_flags(args, given, stored, where):
-    """Set those of args that the user did not give to what is stored in the results folder `where`.
+    """Set those of args that the user did not give to what the run in the results folder `where` was started with.
 
-    :raises InputError: if a flag was given, and otherwise than stored.
+    :param stored: all its flags, of which those of the model, the encoders and the process are taken.
+    :raises InputError: if a flag was given, and otherwise than stored, or if what is stored is not a flag's value.
     """
-    clash = [f"--{name} {value} (there: {stored[name]})" for name, value in given.items()
-             if name in stored and stored[name] != value]
+    check_stored_flags(stored, where)
+    clash = differing(given, stored)
     if clash:
         raise InputError(f"{', '.join(clash)}: not what the model in {where} was built with; leave the flag(s) away,"
                          f" or use another folder")
-    for name, value in stored.items():
-        if hasattr(args, name):
-            setattr(args, name, value)
+    for flag in STORED:
+        if flag.name in stored and hasattr(args, flag.name):
+            setattr(args, flag.name, stored[flag.name])
+
+
+def check_stored_flags(stored, where):
+    """Raise InputError unless what is stored in the results folder `where` are values that its flags can have."""
+    for flag in STORED:
+        if flag.name in stored:
+            check_value(flag, stored[flag.name], f"{where}/flags.json: {flag.name}")
+
+
+def differing(given, stored, *others):
+    """Those of STORED, and of the other names, that were given otherwise than stored, as strings for a message."""
+    return [f"--{name} {given[name]} (there: {stored[name]})" for name in (*(flag.name for flag in STORED), *others)
+            if name in given and name in stored and given[name] != stored[name]]
 
 
 # ---- flags -> objects ----
@@ -221,6 +255,8 @@ def create_model(**flags):
     if not mult:
         raise InputError(f"--image_size {f.image_size}: only {', '.join(map(str, sorted(_CHANNEL_MULTS)))} have a"
                          f" default --channel_mult; give it, as in 1,2,3,4")
+    if not all(0 < m <= 1024 for m in mult):
+        raise InputError(f"--channel_mult {f.channel_mult}: every number must be above 0 and at most 1024")
     factor = 2 ** (len(mult) - 1)
     if f.image_size < 1 or f.image_size % factor:
         raise InputError(f"--image_size {f.image_size}: a U-Net of {len(mult)} levels needs a multiple of {factor};"
@@ -352,8 +388,8 @@ def create_encoders(**flags):
         raise InputError(f"--input_channels_dist {f.input_channels_dist}: the image has --image_channels"
                          f" {f.image_channels}")
     filters = parse_numbers(int, f.num_filters, "num_filters")
-    if not filters or min(filters) < 1:
-        raise InputError(f"--num_filters {f.num_filters}: needs one positive number a block")
+    if not filters or not all(0 < number <= 65536 for number in filters):
+        raise InputError(f"--num_filters {f.num_filters}: needs a number a block, above 0 and at most 65536")
     return tuple(AxisAlignedConvGaussian(f.input_channels_dist, filters, f.no_convs_per_block, f.latent_dim)
                  for _ in range(2))
 

@@ -1,5 +1,7 @@
 """The Python door: load a checkpoint, hand it a scan, get an ensemble of masks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
@@ -26,14 +28,15 @@ class Segmenter:
         :param path: a local path, gs:// or az://. The flags of the model are read from flags.json beside it.
         :param device: default CUDA if there is one, else the CPU.
         :param flags: model and diffusion flags, needed for a checkpoint without flags.json beside it.
-        :raises InputError: if the file is no checkpoint, or of another architecture than the flags describe.
+        :raises InputError: if the file is no checkpoint, or of another architecture than the flags describe, or the
+            flags given contradict those stored.
         """
-        known = script_util.model_and_diffusion_defaults()
-        stored = checkpoint.load_flags(checkpoint.folder_of(path))
-        flags = {**known, **{name: value for name, value in stored.items() if name in known}, **flags}
-        model, _ = script_util.create_model_and_diffusion(**flags)
+        folder = checkpoint.folder_of(path)
+        args = SimpleNamespace(**{**script_util.model_and_diffusion_defaults(), **flags})
+        script_util.apply_stored_flags(args, flags, checkpoint.load_flags(folder), folder)
+        model, _ = script_util.create_model_and_diffusion(**vars(args))
         checkpoint.load_model(model, path, "checkpoint")
-        return cls(model, flags, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        return cls(model, vars(args), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
     def sample(self, image, num_ensemble=16, steps=None, seed=0, batch_size=None, name=""):
         """Draw an ensemble of masks for one scan, [num_ensemble, H, W] bool.

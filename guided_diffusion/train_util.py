@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import hashlib
+import math
+import operator
 import time
 
 import torch
@@ -74,7 +76,7 @@ class TrainLoop:
         self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
         self.global_batch = batch_size * dist_util.world_size()
         self.results_dir, self.monitor = results_dir, monitor
-        self.lr, self.lr_anneal_steps = lr, lr_anneal_steps
+        self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
         self.end = min([n for n in (max_steps, lr_anneal_steps) if n], default=0)
         self.log_interval, self.save_interval = log_interval, save_interval
         self.dtype, self.grad_clip, self.seed = dtype, grad_clip, seed
@@ -90,6 +92,7 @@ class TrainLoop:
         self.ema = {rate: copy.deepcopy(cimd.model).requires_grad_(False).eval() for rate in ema_rates}
         self.step = 0
         self.position = 0  # of the next example in the stream
+        self._places = 0  # see _at
         self.ddp = cimd
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -180,23 +183,26 @@ class TrainLoop:
             logger.log(f"step {self.step} is reached already; more --max_steps (or --lr_anneal_steps) would go on")
         stop_agreed = dist_util.StopFlag()
         self.saver.last = self.step
+        if dist_util.watch:
+            dist_util.watch.before_exit = self.saver.finish
         bar = tqdm(total=self.end or None, initial=self.step, desc="training", unit=" steps", dynamic_ncols=True,
                    disable=None if dist_util.rank() == 0 else True)
         self.cimd.train()
         with SignalsNoted() as signals, bar:
-            self.meter.restart()
+            self.meter.start_clock()
             while not (self.end and self.step >= self.end) and not stop_agreed(self._wants_to_stop(signals)):
                 image, mask, position = self._next(batches)
                 self.run_step(image, mask, position)
                 bar.update()
-                if self.step % self.log_interval == 0 or self.step == self.end:
+                logs = self.step % self.log_interval == 0
+                if logs or self.step == self.end:
                     self.log(image, mask)
                 self.saver.poll()
-                if self.step % self.save_interval == 0 or self.saver.problem and self.step % self.log_interval == 0:
+                if self.step % self.save_interval == 0 or logs and self.saver.problem:
                     self.save()
-            self.bad_steps.check(self.data)
+            dist_util.at(None)  # the last checkpoint may take its time
             self.saver.wait()
-            if self.step > self.saver.last:
+            if any(dist_util.all_gather_objects(self.step > self.saver.last)):
                 self.save()
                 self.saver.wait()
         if self.saver.problem:
@@ -208,15 +214,23 @@ class TrainLoop:
         unsaved = (self.step - self.saver.last) / self.save_interval
         return bool(signals.received) or bool(self.saver.problem) and unsaved > self.save_patience
 
+    def _at(self, doing):
+        """Tell the other ranks how far this one is; within a step, all do the same things in the same order."""
+        self._places += 1
+        dist_util.at((self.step, self._places), doing)
+
     def _next(self, batches):
+        self._at("waiting for data")
         start = time.perf_counter()
         image, mask, position = next(batches)
         self.meter.waited += time.perf_counter() - start
+        self._at(f"in step {self.step + 1}")
         channels = self.cimd.model.in_channels - mask.shape[1]
         return *training_data.to_floats(image, mask, channels, self.device), position
 
     def log(self, image, mask):
-        values = self.meter.read()
+        self.bad_steps.check(self.data)
+        values = self.meter.read(restart=self.step % self.log_interval == 0)  # what a longer run logs is then the same
         values.update(lr=self.learning_rate(), samples=self.position, bad_steps=self.bad_steps.count)
         if self.scaler.is_enabled():
             values["grad_scale"] = self.scaler.get_scale()
@@ -241,11 +255,20 @@ class TrainLoop:
     # ---- checkpoints ----
 
     def save(self):
-        """Begin to write the checkpoint of this step; savedmodel.pt, which says that it is whole, comes last."""
+        """Begin to write the checkpoint of this step; savedmodel.pt, which says that it is whole, comes last.
+
+        Every rank calls this, but for a second attempt right after a line of the log, when there are no sums of losses
+        to gather.
+        """
+        self.bad_steps.check(self.data)
+        meters = dist_util.all_gather_objects(self.meter.state_dict()) if self.meter.examples else []
         if dist_util.rank() > 0:
+            self.saver.last = self.step
             return
-        rest = {"step": self.step, "position": self.position, "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "schedule_sampler": self.schedule_sampler.state_dict()}
+        rest = {"step": self.step, "position": self.position, "data": self.data.digest(), "meters": meters,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "schedule_sampler": self.schedule_sampler.state_dict(),
+                "bad_steps": [self.bad_steps.count, self.bad_steps.in_a_row]}
         if self.cimd.posterior is not None:
             rest.update(posterior=self.cimd.posterior.state_dict(), prior=self.cimd.prior.state_dict())
         weights = self.cimd.model.state_dict()
@@ -254,10 +277,13 @@ class TrainLoop:
             **{checkpoint.ema_name(rate, self.step): ema.state_dict() for rate, ema in self.ema.items()},
             checkpoint.model_name(self.step): weights, checkpoint.NEWEST: weights})
 
-    def resume(self, model_path):
+    def resume(self, model_path, same_run=False):
         """Go on from savedmodel<step>.pt and the files of the same step beside it.
 
         Weights alone (of the published code, say) start with fresh optimiser, encoders and averages, and say so.
+
+        :param same_run: refuse a checkpoint of a run on other cases.
+        :raises InputError: for files that are damaged, or do not fit this loop.
         """
         folder, step = checkpoint.folder_of(model_path), checkpoint.step_of(model_path)
         if step is not None and str(model_path).rsplit("/", 1)[-1] == checkpoint.NEWEST:
@@ -281,19 +307,50 @@ class TrainLoop:
             self.step = step or 0
             self.position = self.step * self.global_batch
             return
-        self.step, self.position = rest["step"], rest["position"]
-        if self.cimd.posterior is not None and "posterior" in rest:
+        if "posterior" in rest and self.cimd.posterior is not None:
             checkpoint.load_state(self.cimd.posterior, rest["posterior"], opt_path)
             checkpoint.load_state(self.cimd.prior, rest["prior"], opt_path)
-        try:
-            self.optimizer.load_state_dict(rest["optimizer"])
-        except ValueError:
+        elif "posterior" in rest or self.cimd.posterior is not None:
             raise InputError(f"{opt_path}: is of a run with{'' if 'posterior' in rest else 'out'} AMN and ACN; give the"
-                             f" --kl_weight it was trained with") from None
+                             f" --kl_weight it was trained with")
+        try:
+            self._restore(rest)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{opt_path}: does not hold what a run like this one saves ({type(error).__name__}:"
+                             f" {str(error).splitlines()[0] if str(error) else ''}); name another checkpoint") from None
+        if same_run and rest.get("data", self.data.digest()) != self.data.digest():
+            raise InputError(f"--data_dir: holds other cases than the run in {folder} is trained on; give them to go"
+                             f" on, another --results_dir to start afresh, or --resume_checkpoint {model_path} to go on"
+                             f" with these")
+        logger.log(f"resumed at step {self.step} from {model_path}")
+
+    def _restore(self, rest):
+        """Take over the optimiser and all else of a checkpoint; raises almost anything for what is none."""
+        self.step, self.position = operator.index(rest["step"]), operator.index(rest["position"])
+        if not (0 <= self.step < 2 ** 62 and 0 <= self.position < 2 ** 62):
+            raise ValueError("a step or position that none can be at")
+        own = self.optimizer.state_dict()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = rest["optimizer"]["state"]
+        if state and state.keys() != set(range(len(parameters))):
+            raise ValueError(f"moments of {len(state)} parameters, not {len(parameters)}")
+        state = {number: dict(entry) for number, entry in state.items()}
+        for number, entry in state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if not checkpoint.is_plain(entry[name]) or entry[name].shape != parameters[number].shape:
+                    raise ValueError(f"moments of another shape or kind for parameter {number}")
+                # a fused step takes their memory to be laid out like the parameter's, and looks no further
+                entry[name] = torch.empty_like(parameters[number]).copy_(entry[name])
+            if float(entry["step"]) < 0:
+                raise ValueError(f"a step below 0 for parameter {number}")
+        self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})  # flags set the rest
         if self.scaler.is_enabled() and rest["scaler"]:
+            if not all(0 <= float(value) < math.inf for value in rest["scaler"].values()):
+                raise ValueError("a scale of gradients that is none")
             self.scaler.load_state_dict(rest["scaler"])
         self.schedule_sampler.load_state_dict(rest["schedule_sampler"])
-        logger.log(f"resumed at step {self.step} from {model_path}")
+        self.meter.load_state_dicts(rest.get("meters", []))
+        self.bad_steps.count, self.bad_steps.in_a_row = map(operator.index, rest.get("bad_steps", (0, 0)))
 
 
 def _hash(*parts):

@@ -1,6 +1,7 @@
 """What a training loop keeps an eye on: its losses, the steps that went wrong, and signals to stop."""
 
 import contextlib
+import operator
 import signal
 import time
 
@@ -25,6 +26,9 @@ class Meter:
     def restart(self):
         self.sums, self.examples = {}, 0
         self.counts = torch.zeros(4, device=self.device)
+        self.start_clock()
+
+    def start_clock(self):
         self.since, self.waited = time.perf_counter(), 0.0  # waited: for data
 
     def add(self, t, losses):
@@ -36,8 +40,23 @@ class Meter:
             total.index_add_(0, quartile, values.float().where(finite, 0))
         self.examples += len(t)
 
-    def read(self):
-        """A dict of floats; starts anew."""
+    def state_dict(self):
+        """This rank's sums since the last reading."""
+        return {"sums": self.sums, "counts": self.counts, "examples": self.examples}
+
+    def load_state_dicts(self, states):
+        """Go on from the sums of every rank of a run; if it had another number of ranks, the first takes them all."""
+        self.restart()
+        alike = len(states) == dist_util.world_size()
+        for rank, state in enumerate(states):
+            if dist_util.rank() == (rank if alike else 0):
+                for name, total in state["sums"].items():
+                    self.sums[name] = self.sums.get(name, 0) + total.to(self.device).reshape(4)
+                self.counts = self.counts + state["counts"].to(self.device).reshape(4)
+                self.examples += operator.index(state["examples"])
+
+    def read(self, restart=True):
+        """A dict of floats; starts anew, unless told to go on."""
         table = torch.stack([self.counts, *self.sums.values()])
         if dist.is_initialized():
             dist.all_reduce(table)
@@ -49,7 +68,8 @@ class Meter:
         seconds = time.perf_counter() - self.since
         values["images_per_second"] = self.examples * dist_util.world_size() / max(seconds, 1e-9)
         values["waiting_for_data"] = max(dist_util.all_gather_objects(self.waited / max(seconds, 1e-9)))
-        self.restart()
+        if restart:
+            self.restart()
         return values
 
 

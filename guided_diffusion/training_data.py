@@ -1,5 +1,8 @@
 """The training stream: cases in random order, each with one of its raters, as batches on the device."""
 
+import hashlib
+import json
+
 import numpy as np
 import torch
 
@@ -25,6 +28,10 @@ class ShuffledCases:
         rater = np.random.default_rng([self.seed, 1, position]).integers(len(masks))
         pixels = image.shape[1:]
         return image, np.unpackbits(masks[rater], count=pixels[0] * pixels[1]).reshape(1, *pixels)
+
+    def digest(self):
+        """A hash of the names of the cases, in order."""
+        return hashlib.sha256(json.dumps([files.name for files in self.cases.cases]).encode()).hexdigest()
 
     def case_name(self, position):
         """The name of the case at one place in the stream."""

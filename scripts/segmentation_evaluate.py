@@ -17,7 +17,7 @@ that can be measured with so few raters) and the empty mask. README.md says what
 from tqdm.auto import tqdm
 
 from guided_diffusion import checkpoint, dist_util
-from guided_diffusion.cli import parse_flags, run_script
+from guided_diffusion.cli import run_script, start_script
 from guided_diffusion.datasets import find_cases, read_ahead
 from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
 from guided_diffusion.errors import InputError, raise_problems
@@ -25,8 +25,7 @@ from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
 
 
 def main():
-    args, given = parse_flags("evaluation", __doc__)
-    dist_util.setup_dist(args.ngpu, args.local_rank)
+    args, given = start_script("evaluation", __doc__)
     rank, world_size = dist_util.rank(), dist_util.world_size()
     folder = args.output_dir or args.samples_dir
 

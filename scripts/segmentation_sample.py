@@ -3,23 +3,29 @@
     python scripts/segmentation_sample.py --data_dir ./data/testing --num_ensemble 4
 
 The flags of the model are read from flags.json beside the checkpoint. Started on several GPUs, each takes its share
-of the cases. Cases that are already complete from the same model, flags and seed are skipped.
+of the cases. Cases that are already complete from the same model, flags and seed are skipped. Those whose files cannot
+be read are left out and named at the end, with exit code 2.
 
-With --evaluate True nothing but scores is written: those of segmentation_evaluate.py, without masks on disk.
+With --evaluate True nothing but scores is written: those of segmentation_evaluate.py. Until then every case's masks are
+kept in a hidden file, so that a run that was stopped goes on.
 """
 
+import contextlib
+import itertools
 import os
 import shlex
 import sys
 import time
 from datetime import timedelta
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from guided_diffusion import checkpoint, dist_util, logger, sample_util
-from guided_diffusion.cli import parse_flags, results_folder, run_script
+from guided_diffusion.cli import results_folder, run_script, start_script
 from guided_diffusion.datasets import SegmentationCases
+from guided_diffusion.errors import raise_problems
 from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.samplers import SAMPLERS
@@ -28,9 +34,15 @@ from guided_diffusion.script_util import (
 )
 
 
+def shared_problems(cases):
+    """What is wrong with the cases that some rank cannot read, as a list; no rank reads these any more."""
+    for problems in dist_util.all_gather_objects(cases.problems):
+        cases.problems.update(problems)
+    return [cases.problems[i] for i in sorted(cases.problems)]
+
+
 def main():
-    args, given = parse_flags("sampling", __doc__)
-    dist_util.setup_dist(args.ngpu, args.local_rank)
+    args, given = start_script("sampling", __doc__)
     rank, world_size = dist_util.rank(), dist_util.world_size()
 
     with dist_util.all_ranks_or_none():
@@ -42,21 +54,36 @@ def main():
         model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
         checkpoint.load_model(model, model_path)
         cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
-                                  need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0)
+                                  need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True)
         sizes = sub_ensemble_sizes(defaults("evaluation")["num_samples"], args.num_ensemble, required=False)
         evaluation = Evaluation(sizes, args.seed, device=dist_util.dev()) if args.evaluate else None
+    problems = shared_problems(cases)
+    with dist_util.all_ranks_or_none():
+        if len(problems) == len(cases):
+            raise_problems(problems, args.data_dir)
         checkpoint.make_folder(folder)
+        if rank == 0:
+            checkpoint.remove_partial(folder)
 
     settings = {**pick(args, "model", "diffusion"), "model": checkpoint.digest(model_path), "seed": args.seed,
                 "sampler": args.sampler, "ddim_eta": args.ddim_eta, "clip_denoised": args.clip_denoised,
                 "median_blur": args.median_blur}
-    fingerprints = {}  # of this process's cases that are still to be drawn, by their number
-    for i in range(rank, len(cases), world_size):
-        case = cases[i]
-        fingerprints[i] = sample_util.fingerprint(case, **settings)
-        if not evaluation and sample_util.is_complete(folder, case.name, args.num_ensemble, fingerprints[i]):
-            del fingerprints[i]
-    todo = sum(dist_util.all_gather_objects(len(fingerprints)))
+    shape = args.num_ensemble, args.image_size, args.image_size
+    mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
+    todo = []  # the numbers of this process's cases that are still to be drawn
+    for i, case in cases.readable(mine):
+        fingerprint = sample_util.fingerprint(case, **settings)
+        if evaluation:
+            masks = sample_util.kept_masks(folder, case.name, shape, fingerprint)
+            complete = masks is not None
+            if complete:
+                evaluation.add(*case, masks)
+        else:
+            complete = sample_util.is_complete(folder, case.name, shape, fingerprint)
+        if not complete:
+            todo.append(i)
+    problems = shared_problems(cases)
+    before = len(cases) - len(problems) - sum(dist_util.all_gather_objects(len(todo)))
 
     # no batch is larger than all there is to draw, whatever is already done and however many processes share it
     auto = args.batch_size == "auto"
@@ -67,45 +94,67 @@ def main():
                                           ddim_eta=args.ddim_eta, clip_denoised=args.clip_denoised)
     logger.configure(enabled=rank == 0)
     logger.log("command:", shlex.join(sys.argv))
-    logger.log(f"{len(cases)} cases from {args.data_dir}, {len(cases) - todo} of them already complete in {folder};"
-               f" {args.num_ensemble} masks each, {sampler.calls} network calls a mask,"
+    logger.log(f"{len(cases) - len(problems)} cases from {args.data_dir}, {before} of them already complete in"
+               f" {folder}; {args.num_ensemble} masks each, {sampler.calls} network calls a mask,"
                f" {world_size} process(es) on {dist_util.dev()}")
+    if problems:
+        logger.log(f"{len(problems)} more are left out, since their files cannot be read; all are named at the end")
     if args.compile:
         cuda_graphs = {"mode": "reduce-overhead"} if dist_util.dev().type == "cuda" else {}
         compile_network(model, dist_util.dev(), **cuda_graphs)
+    blank = np.zeros((args.image_channels, args.image_size, args.image_size), np.float32)
     if auto:
-        sampler.fit_batch_size(cases[0].image)
+        sampler.fit_batch_size(blank)
         batch_size = sampler.batch_size
         logger.log(f"--batch_size auto: {batch_size}")
-    batches = -(-len(fingerprints) * args.num_ensemble // batch_size)
+    batches = -(-len(todo) * args.num_ensemble // batch_size)
     best = SAMPLERS[BEST["sampler"]][1](BEST["sampling_steps"])
-    if sampler.calls > 4 * best and todo:
-        seconds = sampler.seconds_a_call(cases[0].image) * sampler.calls * batches
+    if sampler.calls > 4 * best and batches:
+        seconds = sampler.seconds_a_call(blank) * sampler.calls * batches
         logger.log(f"this will take about {timedelta(seconds=round(seconds))}; --sampler best takes {best} network"
                    f" calls a mask rather than {sampler.calls}")
     monitor = Monitor(args.visdom_port if rank == 0 else 0, env=os.path.basename(os.path.abspath(folder)))
     start = time.perf_counter()
-    with sample_util.BackgroundWriter() as write, \
+    with dist_util.all_ranks_or_none(), sample_util.BackgroundWriter() as write, \
             tqdm(total=batches * diffusion.num_timesteps, desc="sampling", unit=" steps", dynamic_ncols=True,
                  disable=None if rank == 0 else True) as bar:
-        ensembles = sampler.ensembles((cases[i] for i in fingerprints), args.num_ensemble, bar.update)
-        for i, (case, samples) in zip(fingerprints, ensembles):
+        def on_step():
+            bar.update()
+            dist_util.at((next(steps),), "drawing")
+
+        steps, readable = itertools.count(1), (case for _, case in cases.readable(todo))
+        for case, samples in sampler.ensembles(readable, args.num_ensemble, on_step):
+            fingerprint = sample_util.fingerprint(case, **settings)
             if evaluation:
-                evaluation.add(*case, sample_util.to_masks(samples, args.median_blur))
+                masks = sample_util.to_masks(samples, args.median_blur)
+                evaluation.add(*case, masks)
+                write(sample_util.keep_masks, folder, case.name, masks, fingerprint)
             else:
-                write(sample_util.write_case, folder, case, samples, args.median_blur, fingerprints[i])
+                write(sample_util.write_case, folder, case, samples, args.median_blur, fingerprint)
             monitor.pictures("scan", torch.from_numpy(case.image[None, :1]), case.name)
             monitor.pictures("ensemble", torch.from_numpy(samples[:8, None]), case.name)
+        dist_util.at(None)
     monitor.close()
-    dist_util.barrier()
+    problems = shared_problems(cases)
 
-    seconds, masks = time.perf_counter() - start, todo * args.num_ensemble
-    logger.log(f"{todo} cases, {masks} masks" + (f", {seconds / masks:.3g} seconds per mask" if masks else "")
+    after = len(cases) - len(problems)
+    seconds, drawn = time.perf_counter() - start, (after - before) * args.num_ensemble
+    logger.log(f"{after - before} cases, {drawn} masks" + (f", {seconds / drawn:.3g} seconds per mask" if drawn else "")
                + ("" if evaluation else f"; look at {checkpoint.join(folder, '*_montage.png')}"))
     if evaluation:
         evaluation.gather()
-        if rank == 0:
+    with dist_util.all_ranks_or_none():
+        if evaluation and rank == 0 and after:
             logger.log(report(evaluation.write(folder), folder))
+    with dist_util.all_ranks_or_none():
+        others = f"all other cases ({after}) are complete in {folder}"
+        if len(problems) == 1:
+            problems = [f"{problems[0]}; {others}"]
+        raise_problems(problems, f"{args.data_dir}; {others}")
+    if evaluation:
+        for i in mine:
+            with contextlib.suppress(OSError):
+                checkpoint.remove(sample_util.kept_file(folder, cases.cases[i].name))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ Alone, or on several GPUs:
     python scripts/segmentation_train.py --data_dir ./data/training --image_size 128 --max_steps 1000 ...
     python -m torch.distributed.launch --nproc_per_node=2 scripts/segmentation_train.py ...
 
-Running the same command again goes on where it stopped. Ctrl-C saves before it leaves.
+Running the same command again goes on where it stopped. Ctrl-C, SIGTERM and SIGUSR1 save before they leave, with exit
+code 128 + the number of the signal.
 """
 
+import contextlib
 import os
 import shlex
 import sys
@@ -15,13 +17,14 @@ import sys
 import torch
 
 from guided_diffusion import checkpoint, dist_util, logger
-from guided_diffusion.cli import parse_flags, results_folder, run_script
+from guided_diffusion.cli import results_folder, run_script, start_script
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.errors import InputError
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
-    apply_stored_flags, autocast_dtype, compile_network, create_encoders, create_model_and_diffusion, pick,
+    apply_stored_flags, autocast_dtype, check_stored_flags, compile_network, create_encoders,
+    create_model_and_diffusion, differing, pick,
     stored_flags,
 )
 from guided_diffusion.training_data import ShuffledCases
@@ -29,13 +32,20 @@ from guided_diffusion.train_util import CIMD, TrainLoop
 
 
 def main():
-    args, given = parse_flags("training", __doc__)
-    dist_util.setup_dist(args.ngpu, args.local_rank)
+    args, given = start_script("training", __doc__)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
     with dist_util.all_ranks_or_none():
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
-        apply_stored_flags(args, given, stored, resume_from)
+        check_stored_flags(stored, checkpoint.folder_of(resume_from) if resume_from else folder)
+        clash = [] if args.resume_checkpoint else differing(vars(args), stored, "seed")
+        if clash:
+            raise InputError(f"{', '.join(clash)}: not what the run in {folder} was started with; give the same flags"
+                             f" to go on with it, or another --results_dir to start afresh")
+        apply_stored_flags(args, given, stored, checkpoint.folder_of(resume_from) if resume_from else folder)
         dtype = autocast_dtype(args)
         torch.manual_seed(args.seed)
         model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
@@ -45,8 +55,11 @@ def main():
         cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
                                   progress=dist_util.rank() == 0)
         checkpoint.make_folder(folder)
+        claim = checkpoint.claim(folder) if dist_util.rank() == 0 else contextlib.nullcontext()
+        checkpoint.remove_partial(folder)
 
-    logger.configure(local_folder(folder), enabled=dist_util.rank() == 0)
+    logger.configure(local_folder(folder), enabled=dist_util.rank() == 0,
+                     last_step=resume_from and checkpoint.step_of(resume_from) or 0)
     world_size = dist_util.world_size()
     logger.log("command:", shlex.join(sys.argv))
     for problem in passed_over:
@@ -69,13 +82,14 @@ def main():
     )
     if resume_from:
         with dist_util.all_ranks_or_none():
-            loop.resume(resume_from)
+            loop.resume(resume_from, same_run=not args.resume_checkpoint)
     if dist_util.rank() == 0:
         checkpoint.save_flags(folder, stored_flags(args))
 
     if args.compile:
         compile_network(model, dist_util.dev())
-    stopped_by = loop.run_loop()
+    with claim:
+        stopped_by = loop.run_loop()
     loop.monitor.close()
     logger.log(f"at step {loop.step}; sample from it: python scripts/segmentation_sample.py --data_dir <scans>"
                f" --model_path {checkpoint.join(folder, checkpoint.NEWEST)}")
@@ -87,6 +101,8 @@ def main():
 
 def find_run(args, folder):
     """The checkpoint to go on from (None: start anew), the flags beside it, and what is wrong with newer ones."""
+    if args.resume_checkpoint == "auto":
+        args.resume_checkpoint = ""
     if args.resume_checkpoint:
         return args.resume_checkpoint, checkpoint.load_flags(checkpoint.folder_of(args.resume_checkpoint)), []
     steps, problems = checkpoint.steps_in(folder), []

@@ -266,8 +266,27 @@ def test_step_of_a_name_or_of_the_newest_beside_it(tmp_path):
 def test_flags_round_trip(tmp_path):
     flags = {"image_size": 16, "channel_mult": "1,2", "learn_sigma": True, "kl_weight": 0.001}
     checkpoint.save_flags(tmp_path, flags)
-    assert checkpoint.load_flags(tmp_path) == flags == json.loads((tmp_path / "flags.json").read_text())
+    stored = json.loads((tmp_path / "flags.json").read_text())
+    assert checkpoint.load_flags(tmp_path) == flags == {n: v for n, v in stored.items() if n != "checksum"}
     assert checkpoint.load_flags(tmp_path / "nowhere") == {}
+
+
+def test_flags_with_a_flipped_byte_are_refused_and_edited_ones_taken(tmp_path):
+    checkpoint.save_flags(tmp_path, {"image_size": 16, "noise_schedule": "linear", "lr": 1e-4})
+    path = tmp_path / "flags.json"
+    text = path.read_bytes()
+    for place in range(len(text)):
+        for bit in range(8):
+            path.write_bytes(text[:place] + bytes([text[place] ^ 1 << bit]) + text[place + 1:])
+            try:
+                flags = checkpoint.load_flags(tmp_path)
+            except InputError as error:
+                assert str(path) in str(error)
+            else:  # white space, or the name of the checksum
+                assert {n: v for n, v in flags.items() if n in ("image_size", "noise_schedule", "lr")} == {
+                    "image_size": 16, "noise_schedule": "linear", "lr": 1e-4}
+    path.write_text('{"image_size": 32}')  # as the message says
+    assert checkpoint.load_flags(tmp_path) == {"image_size": 32}
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"[1, 2]", b"3", b"\xff\xfe\x00", b'{"image_size": 16'])

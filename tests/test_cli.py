@@ -43,7 +43,8 @@ OWN = {
 }
 EVALUATION_FLAGS = dict(
     data_dir="./data/testing", samples_dir="./results", pattern="{case}_output{i}.png", num_samples="4,16,50,100",
-    skip_missing=False, patient_pattern=r"\D*\d+", output_dir="", fit="error", seed=0, ngpu=0, local_rank=None)
+    skip_missing=False, patient_pattern=r"\D*\d+", output_dir="", fit="error", seed=0, ngpu=0, local_rank=None,
+    dist_timeout=600.0)
 
 MODEL_FLAGS = ("--image_size 128 --num_channels 128 --class_cond False --num_res_blocks 2 --num_heads 1"
                " --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16")
@@ -355,12 +356,32 @@ def test_contradiction_of_stored_flags_names_every_flag_and_both_values():
     assert "--num_heads" not in message and "run" in message
 
 
-def test_flags_of_how_a_network_runs_are_not_stored():
-    args, _ = parse(TRAINING, "--use_bf16 True --dropout 0.5 --image_size 16 --latent_dim 4")
+def test_flags_of_how_a_network_runs_are_stored_but_not_taken_over():
+    args, _ = parse(TRAINING, "--use_bf16 True --dropout 0.5 --image_size 16 --latent_dim 4 --seed 3 --batch_size 7")
     stored = stored_flags(args)
-    assert {"image_size": 16, "latent_dim": 4, "kl_weight": 0.001, "diffusion_steps": 1000}.items() <= stored.items()
-    assert not stored.keys() & {"use_bf16", "use_fp16", "dropout", "use_checkpoint", "timestep_respacing", "lr", "seed",
-                                "data_dir", "batch_size"}
+    assert {"image_size": 16, "latent_dim": 4, "kl_weight": 0.001, "dropout": 0.5, "seed": 3}.items() <= stored.items()
+    assert "local_rank" not in stored
+    args, given = parse(SAMPLING, "--use_bf16 False --seed 4")
+    apply_stored_flags(args, given, stored, "run")
+    assert (args.image_size, args.dropout, args.use_bf16, args.seed, args.batch_size) == (16, 0.0, False, 4, 1)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("image_size", "16"), ("image_size", 16.0), ("image_size", True), ("image_size", None), ("image_size", [16]),
+    ("image_size", 10 ** 9), ("kl_weight", float("nan")), ("kl_weight", float("inf")), ("kl_weight", "0.001"),
+    ("learn_sigma", 1), ("learn_sigma", "True"), ("channel_mult", 1), ("noise_schedule", "quadratic"),
+    ("noise_schedule", ["linear"]), ("num_res_blocks", 0), ("num_res_blocks", -2)])
+def test_stored_values_of_a_wrong_type_are_refused_by_name(name, value):
+    args, given = parse(TRAINING)
+    message = refusal(apply_stored_flags, args, given, {name: value}, "run")
+    assert message.startswith(f"run/flags.json: {name} {value!r}: must be")
+
+
+def test_stored_channel_multiples_of_any_kind_are_refused_by_name():
+    for mult in ("nan", "inf,1", "-1,2", "1e300"):
+        args, given = parse(SAMPLING)
+        apply_stored_flags(args, given, {"channel_mult": mult, "image_size": 16}, "run")
+        assert f"--channel_mult {mult}" in refusal(create_model, **pick(args, "model"))
 
 
 # ---- the results folder ----

@@ -254,10 +254,10 @@ def test_sampling_and_scoring_give_what_sampling_with_scores_gives(run, evaluate
 
 
 def test_sampling_with_scores_needs_raters_before_it_draws_anything(run, make_cases, trained, tmp_path):
-    scans = make_cases(tmp_path / "scans", raters=[1, 0])
+    scans = make_cases(tmp_path / "scans", raters=[0, 0])
     result = run("segmentation_sample.py", "--data_dir", scans, "--model_path", trained / "savedmodel.pt",
                  "--results_dir", "results", "--evaluate", "True")
-    assert result.code == 2 and f"{scans / 'case1'}: no labels" in result.err and result.err.count("\n") == 1
+    assert result.code == 2 and f"{scans / 'case1'}: no labels" in result.err and result.err.count("\n") == 3
     assert result.out == "" and not (tmp_path / "results").exists()
 
 

@@ -1,5 +1,6 @@
 """The Visdom view shows what it is given, and no server, whatever becomes of it, ever holds a run up."""
 
+import http.server
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import requests
 import torch
 
 from guided_diffusion import logger
@@ -244,3 +246,93 @@ def test_importing_the_library_loads_and_connects_to_nothing(environment):
     result = subprocess.run([sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[] False []"
+
+
+# ---- pictures stay on this machine ----
+
+class Recorder:
+    """A real HTTP server that keeps what it is sent: (path, headers, body) of every request.
+
+    :param redirect: from the path on that begins with the first, to the server at the port that comes second.
+    """
+
+    def __init__(self, redirect=None, status=307):
+        self.received = received = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                received.append((self.path, self.headers, body))
+                away = redirect and self.path.startswith(redirect[0])
+                self.send_response(status if away else 200)
+                if away:
+                    self.send_header("Location", f"http://127.0.0.1:{redirect[1]}{self.path}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_GET = do_CONNECT = do_POST
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def show(port):
+    """A monitor that has sent a picture, or given up."""
+    monitor = Monitor(port, "private")
+    monitor.pictures("scan", torch.rand(1, 1, 8, 8))
+    monitor.curves(1, {"loss": 1.0})
+    monitor.close(PATIENCE)
+    return monitor
+
+
+def test_no_proxy_and_no_password_of_the_environment_is_used(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    with Recorder() as proxy, Recorder() as target:
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        requests.post(f"http://127.0.0.1:{target.port}/any", data="ordinary")
+        (_, headers, body), = proxy.received  # so the environment does lead there
+        assert body == b"ordinary" and "Authorization" in headers and not target.received
+        proxy.received.clear()
+        assert show(target.port).active
+    assert not proxy.received
+    paths = [path for path, _, _ in target.received]
+    assert paths[0] == "/env/private" and "/events" in paths  # the constructor's request, and the picture
+    assert any(b"data:image/" in body for _, _, body in target.received)
+    assert not any("Authorization" in headers for _, headers, _ in target.received)
+
+
+@pytest.mark.parametrize("path, status", [("/env", 307), ("/events", 307), ("/events", 308)])
+def test_no_redirect_is_followed(capsys, path, status):
+    with Recorder() as elsewhere, Recorder((path, elsewhere.port), status) as server:
+        requests.post(f"http://127.0.0.1:{server.port}{path}", data="ordinary")
+        assert elsewhere.received  # so the redirect does lead there
+        elsewhere.received.clear()
+        monitor = Monitor(server.port, "private")
+        monitor.pictures("scan", torch.rand(1, 1, 8, 8))
+        wait_for(lambda: elsewhere.received or not monitor.active, "the monitor to give up")
+    assert not elsewhere.received
+    assert f"Visdom server on port {server.port} stopped answering" in capsys.readouterr().out
+
+
+def test_only_this_machine_is_looked_up_or_connected_to(monkeypatch):
+    called = []
+    for name in ("create_connection", "getaddrinfo"):
+        original = getattr(socket, name)
+        monkeypatch.setattr(socket, name, lambda *args, original=original, **kwargs: (
+            called.append(args[0] if isinstance(args[0], str) else args[0][0]), original(*args, **kwargs))[1])
+    with Recorder() as target:
+        assert show(target.port).active
+    assert set(called) == {"127.0.0.1"}

@@ -366,26 +366,26 @@ def test_case_names_with_special_characters_are_taken_literally(tmp_path, cases)
     samples = np.zeros((2, SIZE, SIZE), np.float32)
     write_case(tmp_path, case, samples, fingerprint="f")
     write_case(tmp_path, case, samples[:1], fingerprint="f")
-    assert is_complete(tmp_path, name, 1, "f") and not (tmp_path / f"{name}_output1.png").exists()
+    assert is_complete(tmp_path, name, (1, SIZE, SIZE), "f") and not (tmp_path / f"{name}_output1.png").exists()
 
 
 # ---- what is already done ----
 
 def test_written_case_is_complete_for_its_own_fingerprint_and_size_only(written):
     folder, _ = written
-    assert is_complete(folder, "case 0", 3, "abc")
-    assert not is_complete(folder, "case 0", 3, "abd")
-    assert not is_complete(folder, "case 0", 2, "abc")
-    assert not is_complete(folder, "case 0", 4, "abc")
-    assert not is_complete(folder, "case 1", 3, "abc")
-    assert not is_complete(folder / "nowhere", "case 0", 3, "abc")
+    assert is_complete(folder, "case 0", (3, SIZE, SIZE), "abc")
+    assert not is_complete(folder, "case 0", (3, SIZE, SIZE), "abd")
+    assert not is_complete(folder, "case 0", (2, SIZE, SIZE), "abc")
+    assert not is_complete(folder, "case 0", (4, SIZE, SIZE), "abc")
+    assert not is_complete(folder, "case 1", (3, SIZE, SIZE), "abc")
+    assert not is_complete(folder / "nowhere", "case 0", (3, SIZE, SIZE), "abc")
 
 
 @pytest.mark.parametrize("kind", ["output0.png", "output2.png", "mean.png", "std.png", "montage.png", "ensemble.npz"])
 def test_case_that_lacks_a_file_is_incomplete(written, kind):
     folder, _ = written
     (folder / f"case 0_{kind}").unlink()
-    assert not is_complete(folder, "case 0", 3, "abc")
+    assert not is_complete(folder, "case 0", (3, SIZE, SIZE), "abc")
 
 
 def flip(data, position):
@@ -400,7 +400,7 @@ def test_case_whose_samples_are_damaged_is_incomplete(written, damage):
     folder, _ = written
     path = folder / "case 0_ensemble.npz"
     path.write_bytes(damage(path.read_bytes()))
-    assert is_complete(folder, "case 0", 3, "abc") is False
+    assert is_complete(folder, "case 0", (3, SIZE, SIZE), "abc") is False
 
 
 def test_no_damage_to_a_single_byte_is_an_error(written):
@@ -410,7 +410,7 @@ def test_no_damage_to_a_single_byte_is_an_error(written):
     answers = []
     for position in range(0, len(data), 19):
         path.write_bytes(flip(data, position))
-        answers.append(is_complete(folder, "case 0", 3, "abc"))
+        answers.append(is_complete(folder, "case 0", (3, SIZE, SIZE), "abc"))
     assert set(answers) <= {True, False} and np.mean(answers) < 0.1
 
 
@@ -418,11 +418,11 @@ def test_other_arrays_do_not_count_as_samples(written):
     folder, samples = written
     path = folder / "case 0_ensemble.npz"
     np.savez(path, samples=samples)
-    assert not is_complete(folder, "case 0", 3, "abc")
+    assert not is_complete(folder, "case 0", (3, SIZE, SIZE), "abc")
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("samples.npy", "no array")
         file.writestr("fingerprint.npy", "no array")
-    assert not is_complete(folder, "case 0", 3, "abc")
+    assert not is_complete(folder, "case 0", (3, SIZE, SIZE), "abc")
 
 
 def test_fingerprint_changes_with_the_scan_and_every_setting(cases):

@@ -54,7 +54,9 @@ def test_levels_may_be_fractions():
     (dict(num_head_channels=48), ["--num_head_channels 48", "64 channels"]),
     (dict(num_head_channels=0), ["--num_head_channels 0"]),
     (dict(num_channels=48), ["--num_channels 48", "multiple of 32"]),
-    (dict(channel_mult="0,1"), ["--channel_mult 0,1", "multiple of 32"]),
+    (dict(channel_mult="0,1"), ["--channel_mult 0,1", "above 0"]),
+        (dict(channel_mult="nan,1"), ["--channel_mult nan,1", "above 0"]),
+        (dict(channel_mult="1,inf"), ["--channel_mult 1,inf", "at most 1024"]),
     (dict(channel_mult="1;2"), ["--channel_mult 1;2"]),
     (dict(image_size=0), ["--image_size 0"]),
 ])

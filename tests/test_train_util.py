@@ -1,7 +1,9 @@
 """One training step and the loop around it, in one process."""
 
 import copy
+import csv
 import itertools
+import json
 import math
 import os
 import signal
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, logger
 from guided_diffusion.datasets import Case
 from guided_diffusion.errors import InputError
 from guided_diffusion.monitor import Monitor
@@ -22,6 +24,7 @@ from guided_diffusion.train_util import CIMD, TrainLoop
 from guided_diffusion.training_data import ShuffledCases, to_floats
 
 SIZE = 16
+WALL_CLOCK = {"seconds", "images_per_second", "waiting_for_data"}  # of the log
 
 
 class Memory(list):
@@ -467,6 +470,54 @@ def test_resume_continues_bit_for_bit(tmp_path, loss_aware):
     assert len(names) == 4
     for name in names:
         assert_same(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "stopped")))
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6, 7])
+def test_resume_continues_the_log_bit_for_bit(tmp_path, stop):
+    """Means over an interval that was interrupted, and the count of bad steps, included."""
+    def run(folder, steps, resume=False):
+        folder.mkdir(exist_ok=True)
+        logger.configure(folder, last_step=stop if resume else 0)
+        loop = make_loop(folder, make_cimd(timestep_respacing="8"), batch_size=3, max_steps=steps, log_interval=3)
+        if resume:
+            loop.resume(folder / "savedmodel.pt")
+        run_step = loop.run_step
+
+        def spoilt(image, mask, position):
+            run_step(image * float("nan") if loop.step in (2, 5) else image, mask, position)
+
+        loop.run_step = spoilt
+        loop.run_loop()
+        logger.close()
+
+    run(tmp_path / "straight", 9)
+    run(tmp_path / "stopped", stop)
+    run(tmp_path / "stopped", 9, resume=True)
+    straight, stopped = ([{name: value for name, value in json.loads(line).items() if name not in WALL_CLOCK}
+                          for line in (tmp_path / name / "progress.json").read_text().splitlines()]
+                         for name in ("straight", "stopped"))
+    assert [row["step"] for row in straight] == [3, 6, 9] and straight[-1]["bad_steps"] == 2
+    assert [row for row in stopped if row["step"] % 3 == 0] == straight  # and one where the first run ended
+    assert [row["step"] for row in stopped] == sorted({3, 6, 9, stop})
+    rows = list(csv.DictReader((tmp_path / "stopped" / "progress.csv").open()))
+    assert [row["step"] for row in rows] == [str(row["step"]) for row in stopped]
+    assert [row["loss"] for row in rows] == [repr(row["loss"]) for row in stopped]
+
+
+def test_run_on_other_cases_is_refused_unless_asked_for(tmp_path):
+    make_loop(tmp_path, max_steps=1).run_loop()
+    others = make_loop(tmp_path, cases=make_cases(count=6))
+    with pytest.raises(InputError, match="--data_dir: holds other cases .* --results_dir to start afresh"):
+        others.resume(tmp_path / "savedmodel.pt", same_run=True)
+    others.resume(tmp_path / "savedmodel.pt")
+    make_loop(tmp_path).resume(tmp_path / "savedmodel.pt", same_run=True)
+
+
+def test_weight_decay_is_that_of_the_flags_not_of_the_checkpoint(tmp_path):
+    make_loop(tmp_path, max_steps=1, weight_decay=0.5).run_loop()
+    loop = make_loop(tmp_path, weight_decay=0.25)
+    loop.resume(tmp_path / "savedmodel.pt")
+    assert [group["weight_decay"] for group in loop.optimizer.param_groups] == [0.25]
 
 
 def test_resume_from_the_newest_takes_weights_and_optimiser_of_one_step(tmp_path):
