@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import signal
 import socket
 import sys
+import threading
 from datetime import timedelta
 
 import torch
@@ -59,16 +61,29 @@ def setup_dist(ngpu=0, local_rank=None, timeout=600):
 
 
 def _join(timeout):
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    apart = (f"the processes could not join at {where} within --dist_timeout {timeout:g} seconds; was each of them"
+             f" started, with the same address?")
+
+    def give_up():
+        print(f"{sys.argv[0]}: error: {apart}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    alarm = threading.Timer(timeout + 5, give_up)  # for what has no timeout of its own
+    alarm.daemon = True
+    alarm.start()
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        # torchrun keeps its store when it starts the processes again, and with it the addresses of those before
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
                                 rank=number, world_size=size, timeout=_FOREVER)
     except (KeyError, ValueError, RuntimeError) as error:  # dist.DistError is a RuntimeError
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
             raise InputError(f"--master_port: {where} is taken by another program; give another port") from None
-        raise InputError(f"the processes could not join at {where} within --dist_timeout {timeout:g} seconds; was each"
-                         f" of them started, with the same address? ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(f"{apart} ({str(error).strip().splitlines()[0]})") from None
+    finally:
+        alarm.cancel()
 
 
 def _launch(ngpu):
@@ -77,7 +92,10 @@ def _launch(ngpu):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    def stop(number, frame):
+        raise SignalException(f"signal {number}", signal.Signals(number))
+
+    signal.signal(signal.SIGUSR1, stop)  # torchrun passes on the others by itself
     try:
         run(parse_args(["--standalone", f"--nproc_per_node={ngpu}", *sys.argv]))
     except SignalException as stop:

@@ -122,10 +122,10 @@ class RankWatch:
         if self.rank == 0:
             self._note(0, self.state)
             del self._silent[0]
-            still = [(state["place"], rank) for rank, state in self._states.items()
-                     if state["place"] and not state["done"] and self._still[rank] > most]
-            if still:
-                rank = min(still)[1]
+            still = [(self._still[rank], state["place"], rank) for rank, state in self._states.items()
+                     if state["place"] and not state["done"]]
+            if any(ticks > most for ticks, _, _ in still):
+                _, rank = min((place, rank) for ticks, place, rank in still if ticks > most / 2)
                 raise _Fault(f"{self._name(rank)} has been {self._states[rank]['doing']} for {self.timeout:g} seconds")
 
     def _name(self, rank):
