@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from guided_diffusion import checkpoint, script_util
+from guided_diffusion import checkpoint, script_util, storage
 from guided_diffusion.sample_util import EnsembleSampler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ def run_script(name, *flags):
 def load_sampler(model_path, respacing, seed=0, batch_size=64, sampler="ancestral", bf16=None):
     """An EnsembleSampler of a checkpoint with flags.json beside it, walking a --timestep_respacing; in bfloat16 where
     that is fast, unless told."""
-    flags = {**checkpoint.load_flags(checkpoint.folder_of(model_path)), "timestep_respacing": respacing}
+    flags = {**checkpoint.load_flags(storage.folder_of(model_path)), "timestep_respacing": respacing}
     known = script_util.model_and_diffusion_defaults()
     model, diffusion = script_util.create_model_and_diffusion(**{k: v for k, v in flags.items() if k in known})
     checkpoint.load_model(model, model_path)

@@ -15,7 +15,7 @@ import time
 from tqdm.auto import tqdm
 
 from common import fast_bf16, load_sampler, run_script
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, storage
 from guided_diffusion.cli import run_script as run_main
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.evaluation import BACKGROUND, RATERS, Evaluation, cell, markdown
@@ -41,7 +41,7 @@ def main():
         rows.append([who, *(cell(scores[name]) for name in SCORES), *costs.values()])
     text = (f"{summary['cases']} cases of {summary['patients']} patients, {args.num_ensemble} masks a case; mean"
             f" [95 % interval over patients]\n\n{markdown(rows)}\n")
-    checkpoint.write_bytes(checkpoint.join(args.results_dir, "table.md"), text.encode())
+    storage.write_bytes(storage.join(args.results_dir, "table.md"), text.encode())
     print(text)
 
 
@@ -77,9 +77,9 @@ def sample(args):
     """Returns the Evaluation and what it cost, a dict of words."""
     step = checkpoint.steps_in(args.results_dir)[-1]
     rate = args.flags["--ema_rate"].split(",")[0]
-    sampler = load_sampler(checkpoint.join(args.results_dir, checkpoint.ema_name(rate, step)),
+    sampler = load_sampler(storage.join(args.results_dir, checkpoint.ema_name(rate, step)),
                            args.timestep_respacing, args.seed, args.batch_size, args.sampler)
-    flags = json.loads(checkpoint.read_bytes(checkpoint.join(args.results_dir, checkpoint.FLAGS_FILE)))
+    flags = json.loads(storage.read_bytes(storage.join(args.results_dir, checkpoint.FLAGS_FILE)))
     cases = SegmentationCases(args.test_dir, flags["image_size"], flags["image_channels"],
                               args.flags.get("--fit", "error"), progress=True)
     count = min(args.num_cases or len(cases), len(cases))
@@ -100,7 +100,7 @@ def sample(args):
 
 def images_seen(folder, step):
     """From the log of the training run."""
-    with open(checkpoint.join(folder, "progress.json"), encoding="utf-8") as log:
+    with open(storage.join(folder, "progress.json"), encoding="utf-8") as log:
         entries = [json.loads(line) for line in log]
     return next(int(entry["samples"]) for entry in reversed(entries) if entry["step"] <= step)
 

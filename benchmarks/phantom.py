@@ -24,7 +24,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from common import fast_bf16, load_sampler, run_script
-from guided_diffusion import checkpoint, metrics, phantoms
+from guided_diffusion import checkpoint, metrics, phantoms, storage
 from guided_diffusion.cli import run_script as run_main
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.evaluation import cell, markdown
@@ -135,7 +135,7 @@ def report(args, folder, results):
     picture = draw(stored, args.sampling_steps[0])
     for name, data in (("table.md", text.encode()), ("results.json", json.dumps(stored, indent=1).encode()),
                        ("benchmark.png", picture)):
-        checkpoint.write_bytes(folder / name, data)
+        storage.write_bytes(folder / name, data)
     print(f"\n{text}\nwritten to {folder}: table.md, results.json, benchmark.png")
 
 

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from guided_diffusion import (
-    checkpoint, datasets, evaluation, phantoms, plots, resample, samplers, script_util, training_data,
+    datasets, evaluation, phantoms, plots, resample, samplers, script_util, storage, training_data,
 )
 from guided_diffusion.cli import run_script as run_main
 from guided_diffusion.sample_util import EnsembleSampler, largest_batch
@@ -52,7 +52,7 @@ def main():
     torch.set_num_threads(args.threads)
     if args.only_memory:
         return print(json.dumps(peak_of_sampling(args)))
-    checkpoint.make_folder(args.output_dir, "--output_dir")
+    storage.make_folder(args.output_dir, "--output_dir")
     text, parts = machine(args), {}
     print(text)
     for part in args.parts:
@@ -63,7 +63,7 @@ def main():
         text += f"\n\n## {title}\n\n{table}\n\n{remark}"
         data = json.dumps({"machine": machine(args), "flags": vars(args), "parts": parts}, indent=1).encode()
         for name, content in ("speed.md", f"{text}\n".encode()), ("speed.json", data), ("speed.png", draw(parts)):
-            checkpoint.write_bytes(Path(args.output_dir, name), content)
+            storage.write_bytes(Path(args.output_dir, name), content)
     print(f"\nwritten to {args.output_dir}: speed.md, speed.json, speed.png")
 
 

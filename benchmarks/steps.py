@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from common import load_sampler
-from guided_diffusion import checkpoint, metrics, phantoms
+from guided_diffusion import checkpoint, metrics, phantoms, storage
 from guided_diffusion.cli import run_script as run_main
 from guided_diffusion.datasets import FITS, SegmentationCases
 from guided_diffusion.evaluation import cell, markdown
@@ -28,10 +28,10 @@ from guided_diffusion.samplers import SAMPLERS
 def main():
     args = parse_args()
     folder = Path(args.output_dir)
-    checkpoint.make_folder(folder, "--output_dir")
+    storage.make_folder(folder, "--output_dir")
     stored = folder / "steps.json"
     rows = json.loads(stored.read_text()) if stored.exists() else {}
-    flags = checkpoint.load_flags(checkpoint.folder_of(args.model_path))
+    flags = checkpoint.load_flags(storage.folder_of(args.model_path))
     cases = SegmentationCases(args.data_dir, flags["image_size"], flags["image_channels"], args.fit, progress=True)
     for sampler in args.samplers.split(","):
         for spacing in args.spacings.split(","):
@@ -43,7 +43,7 @@ def main():
                 if name not in rows:
                     rows[name] = {"sampler": shown, "spacing": spacing, "calls": SAMPLERS[sampler][1](steps),
                                   **score(args, cases, count, sampler, walk, name)}
-                    checkpoint.write_bytes(stored, json.dumps(rows, indent=1).encode())
+                    storage.write_bytes(stored, json.dumps(rows, indent=1).encode())
                     print(name, {k: cell(v) for k, v in rows[name].items() if k in ("GED", "HM_IoU", "excess_GED")},
                           flush=True)
     report(args, folder, rows)
@@ -124,7 +124,7 @@ def report(args, folder, rows):
                       *(cell(row[key]) for key in keys),
                       *(against(rows[args.reference], row, key) for key in compared)])
     for name, data in (("table.md", (markdown(table) + "\n").encode()), ("steps.png", draw(rows, keys))):
-        checkpoint.write_bytes(folder / name, data)
+        storage.write_bytes(folder / name, data)
     print(f"{markdown(table)}\n\nwritten to {folder}: steps.json, table.md, steps.png")
 
 

@@ -37,7 +37,7 @@ import torch
 from tqdm.auto import tqdm
 
 from common import ROOT
-from guided_diffusion import checkpoint, phantoms, script_util
+from guided_diffusion import checkpoint, phantoms, script_util, storage
 from guided_diffusion.cli import run_script as run_main
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import markdown
@@ -121,7 +121,7 @@ def main():
     table = [["part", "faults", "inside saving", "sequences completed", "wrong", "seconds a fault", "by kind"], *rows]
     print(markdown(table))
     if args.output:
-        checkpoint.write_bytes(args.output, "\n\n".join([markdown(table), *wrong, ""]).encode())
+        storage.write_bytes(args.output, "\n\n".join([markdown(table), *wrong, ""]).encode())
     sys.exit(1 if wrong else 0)
 
 

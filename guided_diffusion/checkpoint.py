@@ -11,22 +11,17 @@ In a results folder (a local path, or gs:// or az:// through blobfile), step in 
 
 import concurrent.futures
 import contextlib
-import errno
-import hashlib
 import io
 import json
 import os
 import re
-import socket
-import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
-from . import logger
+from . import logger, storage
 from .errors import InputError
 
 FLAGS_FILE = "flags.json"
@@ -46,141 +41,13 @@ def opt_name(step):
     return f"optsavedmodel{step:06d}.pt"
 
 
-# ---- files, here or in a bucket ----
-
-def is_remote(path):
-    return "://" in str(path)
-
-
-def join(folder, name):
-    return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
-
-
-def folder_of(path):
-    return str(path).rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
-
-
-def _blobfile():
-    try:
-        import blobfile
-    except ImportError:
-        raise InputError("paths with :// need the package blobfile: pip install blobfile") from None
-    return blobfile
-
-
-def exists(path):
-    return _blobfile().exists(str(path)) if is_remote(path) else os.path.exists(path)
-
-
-def make_folder(folder, flag="--results_dir"):
-    """Create a results folder; raises InputError if nothing can be written there."""
-    if is_remote(folder):
-        return
-    try:
-        os.makedirs(folder, exist_ok=True)
-        probe = _temporary(Path(folder) / "writable")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
-
-
-def claim(folder):
-    """Claim a folder for the training of this process, until what is returned is closed.
-
-    :raises InputError: if another process has claimed it. Buckets, Windows and file systems without locks do not tell.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return contextlib.nullcontext()
-    if is_remote(folder):
-        return contextlib.nullcontext()
-    replace_link(Path(folder) / ".training.lock")
-    file = open(Path(folder) / ".training.lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"--results_dir {folder}: another run is training into it; give another folder, or stop that"
-                         f" run") from None
-    except OSError:
-        pass
-    return file
-
-
-def read_bytes(path):
-    if is_remote(path):
-        with _blobfile().BlobFile(str(path), "rb") as file:
-            return file.read()
-    if not os.path.isfile(path):  # a device may never end
-        raise OSError(errno.EINVAL, "is no file", str(path))
-    return Path(path).read_bytes()
-
-
-def replace_link(path):
-    """Remove a link that stands in the place of a file to be written, so that nothing is written through it."""
-    if os.path.islink(path):
-        os.unlink(path)
-
-
-def remove(path):
-    if is_remote(path):
-        _blobfile().remove(str(path))
-    else:
-        os.unlink(path)
-
-
-def write_bytes(path, data):
-    """Write a file that appears whole or not at all."""
-    if is_remote(path):  # an object appears when its upload is complete
-        with _blobfile().BlobFile(str(path), "wb") as file:
-            file.write(data)
-        return
-    path = Path(path)
-    partial = _temporary(path)
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _temporary(path):
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-
-
-def remove_partial(folder):
-    """Remove what processes that were killed while they wrote have left behind in a folder: temporary files of
-    processes of this machine that are gone, and any that are older than a day."""
-    here = f".{socket.gethostname()}."
-    for name in () if is_remote(folder) else _names(folder):
-        match, path = re.fullmatch(r"\..+?(\..+\.)(\d+)\.partial", name), Path(folder, name)
-        with contextlib.suppress(OSError):  # another process may remove it, too
-            gone = match and match[1].endswith(here) and not _runs(int(match[2]))
-            if gone or match and time.time() - path.stat().st_mtime > 86400:
-                path.unlink()
-
-
-def _runs(process):
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # someone else's
-        pass
-    return True
-
-
 # ---- checkpoints ----
 
 def save(path, state):
     """Write tensors, numbers, strings and containers of them, as torch.save does."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_bytes(path, buffer.getvalue())
+    storage.write_bytes(path, buffer.getvalue())
 
 
 class Saver:
@@ -230,14 +97,14 @@ class Saver:
         written = []
         try:
             for name, state in files.items():
-                save(join(self.folder, name), state)
+                save(storage.join(self.folder, name), state)
                 written.append(name)
         except BaseException:
             self._remove(written)  # a part of a checkpoint only takes space
             raise
         if self.keep:
             oldest = steps_in(self.folder)[-self.keep:][0]
-            for name in sorted(_names(self.folder)):
+            for name in sorted(storage.names_in(self.folder)):
                 match = re.fullmatch(r"optsavedmodel(\d{6,})\.pt", name)
                 if match and int(match[1]) < oldest:  # removed last, so that an interruption is made up for next time
                     self._remove([*_files_of(self.folder, int(match[1])), name])
@@ -245,7 +112,7 @@ class Saver:
     def _remove(self, names):
         for name in names:
             with contextlib.suppress(Exception):
-                remove(join(self.folder, name))
+                storage.remove(storage.join(self.folder, name))
 
 
 def _copied(state):
@@ -262,12 +129,12 @@ def load(path, flag="--model_path"):
 
     :raises InputError: if the file is missing, truncated, not a checkpoint, or does not agree with its checksums.
     """
-    if not exists(path):
+    if not storage.exists(path):
         raise InputError(f"{flag} {path}: no such file")
-    if not is_remote(path) and os.path.isdir(path):
+    if not storage.is_remote(path) and os.path.isdir(path):
         raise InputError(f"{flag} {path}: is a folder; name the .pt file in it")
     try:
-        data = io.BytesIO(read_bytes(path))
+        data = io.BytesIO(storage.read_bytes(path))
         if zipfile.is_zipfile(data):  # as all that torch has saved since 2020: with a CRC-32 of every tensor
             with zipfile.ZipFile(data) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -320,7 +187,7 @@ def is_plain(value):
 
 def steps_in(folder):
     """The steps of all complete checkpoints of a folder, ascending."""
-    names = _names(folder)
+    names = storage.names_in(folder)
     steps = [int(match[1]) for name in names if (match := re.fullmatch(r"savedmodel(\d{6,})\.pt", name))]
     return sorted(step for step in steps if opt_name(step) in names)
 
@@ -330,20 +197,15 @@ def damages(folder, step):
     problems = []
     for name in _files_of(folder, step):
         try:
-            load(join(folder, name), "checkpoint")
+            load(storage.join(folder, name), "checkpoint")
         except InputError as error:
             problems.append(str(error))
     return problems
 
 
 def _files_of(folder, step):
-    return sorted(name for name in _names(folder) if re.fullmatch(rf"(opt|ema)?savedmodel(_.+_)?{step:06d}\.pt", name))
-
-
-def _names(folder):
-    if is_remote(folder):
-        return set(_blobfile().listdir(str(folder))) if exists(folder) else set()
-    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    kinds = re.compile(rf"(opt|ema)?savedmodel(_.+_)?{step:06d}\.pt")
+    return sorted(filter(kinds.fullmatch, storage.names_in(folder)))
 
 
 def step_of(path):
@@ -351,13 +213,13 @@ def step_of(path):
     match = re.search(r"(\d{6,})\.pt$", str(path))
     if match:
         return int(match[1])
-    steps = steps_in(folder_of(path))
+    steps = steps_in(storage.folder_of(path))
     return steps[-1] if steps else None
 
 
 def save_flags(folder, flags):
     flags = {**flags, "checksum": _checksum(flags)}
-    write_bytes(join(folder, FLAGS_FILE), (json.dumps(flags, indent=2) + "\n").encode())
+    storage.write_bytes(storage.join(folder, FLAGS_FILE), (json.dumps(flags, indent=2) + "\n").encode())
 
 
 def load_flags(folder):
@@ -365,13 +227,13 @@ def load_flags(folder):
 
     :raises InputError: if they cannot be read, or do not agree with the checksum among them, if there is one.
     """
-    path = join(folder, FLAGS_FILE)
-    if not exists(path):
+    path = storage.join(folder, FLAGS_FILE)
+    if not storage.exists(path):
         return {}
     try:
-        if not is_remote(path) and os.path.getsize(path) > MAX_FLAGS_BYTES:
+        if not storage.is_remote(path) and os.path.getsize(path) > MAX_FLAGS_BYTES:
             raise ValueError(f"it is longer than {MAX_FLAGS_BYTES} bytes")
-        flags = json.loads(read_bytes(path))
+        flags = json.loads(storage.read_bytes(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error}); repair it, or remove it and give the model flags") from None
     if not isinstance(flags, dict):
@@ -384,8 +246,3 @@ def load_flags(folder):
 
 def _checksum(flags):
     return zlib.crc32(json.dumps(flags, sort_keys=True).encode())
-
-
-def digest(path):
-    """SHA-256 of a file, as hex."""
-    return hashlib.sha256(read_bytes(path)).hexdigest()

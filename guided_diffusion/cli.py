@@ -6,7 +6,7 @@ import os
 import sys
 from types import SimpleNamespace
 
-from . import checkpoint, dist_util
+from . import dist_util, storage
 from .errors import InputError
 from .script_util import FLAGS, check_value, choose_sampler, defaults, parse_numbers
 
@@ -137,7 +137,7 @@ def results_folder(args):
     :raises InputError: if it is plain beforehand that nothing can be written there. Creates nothing.
     """
     folder = args.results_dir or os.environ.get("OPENAI_LOGDIR") or "./results"
-    if not checkpoint.is_remote(folder):
+    if not storage.is_remote(folder):
         parent = os.path.abspath(folder)
         while not os.path.exists(parent):
             parent = os.path.dirname(parent)

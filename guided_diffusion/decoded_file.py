@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint
+from . import storage
 
 _MAGIC = b"DECODED1"
 _TAIL = struct.Struct("<Q8s")
@@ -95,7 +95,7 @@ def locked(path):
     except ImportError:
         yield
         return
-    checkpoint.replace_link(f"{path}.lock")
+    storage.replace_link(f"{path}.lock")
     with open(f"{path}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

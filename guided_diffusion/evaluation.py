@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import checkpoint, dist_util, metrics, montage
+from . import dist_util, metrics, montage, storage
 from .errors import InputError
 from .sample_util import writing
 from .script_util import parse_numbers
@@ -126,8 +126,8 @@ class Evaluation:
                      for ged, case, image, raters, predictions in cases]
             files[name] = montage.png(montage.stack(pages))
         for name, data in files.items():
-            with writing(checkpoint.join(folder, name)) as path:
-                checkpoint.write_bytes(path, data)
+            with writing(storage.join(folder, name)) as path:
+                storage.write_bytes(path, data)
         return summary
 
     def _csv(self):

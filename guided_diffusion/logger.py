@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from . import checkpoint
+from . import storage
 
 
 class Logger:
@@ -26,7 +26,7 @@ class Logger:
         if enabled and folder:
             os.makedirs(folder, exist_ok=True)
             for name in ("log.txt", "progress.json", "progress.csv"):
-                checkpoint.replace_link(self.folder / name)
+                storage.replace_link(self.folder / name)
             self._text = open(self.folder / "log.txt", "a", encoding="utf-8")
             with contextlib.suppress(OSError):
                 if last_step is not None:
@@ -74,7 +74,7 @@ class Logger:
         with contextlib.suppress(FileNotFoundError):
             lines = (self.folder / "progress.json").read_text(encoding="utf-8").splitlines()
         kept = [row for row in map(_parsed, lines) if row and row["step"] <= last_step]
-        checkpoint.write_bytes(self.folder / "progress.json", "".join(json.dumps(row) + "\n" for row in kept).encode())
+        storage.write_bytes(self.folder / "progress.json", "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._write_csv(list(dict.fromkeys(name for row in kept for name in row)), kept)
 
     def _append_csv(self, values):
@@ -103,7 +103,7 @@ class Logger:
         writer = csv.DictWriter(table, columns)
         writer.writeheader()
         writer.writerows(rows)
-        checkpoint.write_bytes(self.folder / "progress.csv", table.getvalue().encode())
+        storage.write_bytes(self.folder / "progress.csv", table.getvalue().encode())
 
 
 def _parsed(line):

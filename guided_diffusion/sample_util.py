@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from . import checkpoint, dist_util, montage, samplers
+from . import checkpoint, dist_util, montage, samplers, storage
 from .errors import InputError
 
 THRESHOLD = 0.5  # the middle of the mask scaling
@@ -212,16 +212,16 @@ def write_case(folder, case, samples, median_blur=0, fingerprint=""):
     *names, ensemble = case_files(case.name, len(masks))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, samples=samples.astype(np.float32), fingerprint=np.array(fingerprint))
-    with writing(checkpoint.join(folder, ensemble)) as path:
-        if checkpoint.exists(path):  # of an older ensemble, which is not whole once the first picture is another's
-            checkpoint.remove(path)
-        for name in () if checkpoint.is_remote(folder) else os.listdir(folder):
+    with writing(storage.join(folder, ensemble)) as path:
+        if storage.exists(path):  # of an older ensemble, which is not whole once the first picture is another's
+            storage.remove(path)
+        for name in () if storage.is_remote(folder) else os.listdir(folder):
             match = re.fullmatch(re.escape(case.name) + r"_output(\d+)\.png", name)
             if match and int(match[1]) >= len(masks):
                 os.unlink(os.path.join(folder, name))
     for name, data in zip((*names, ensemble), (*map(montage.png, pictures), buffer.getvalue())):
-        with writing(checkpoint.join(folder, name)) as path:
-            checkpoint.write_bytes(path, data)
+        with writing(storage.join(folder, name)) as path:
+            storage.write_bytes(path, data)
 
 
 @contextlib.contextmanager
@@ -244,14 +244,14 @@ def fingerprint(case, **settings):
 def is_complete(folder, case_name, shape, wanted):
     """Whether all files of a case are there, its samples of this shape (n, H, W) and from the settings with the
     fingerprint `wanted`."""
-    paths = [checkpoint.join(folder, name) for name in case_files(case_name, shape[0])]
-    if not all(map(checkpoint.exists, paths)):
+    paths = [storage.join(folder, name) for name in case_files(case_name, shape[0])]
+    if not all(map(storage.exists, paths)):
         return False
     most = 5 * math.prod(shape) + 4096  # bytes, packed or not: 4 a pixel, and some around them
     try:
-        if not checkpoint.is_remote(folder) and os.path.getsize(paths[-1]) > most:
+        if not storage.is_remote(folder) and os.path.getsize(paths[-1]) > most:
             return False
-        with np.load(io.BytesIO(checkpoint.read_bytes(paths[-1])), allow_pickle=False) as stored:
+        with np.load(io.BytesIO(storage.read_bytes(paths[-1])), allow_pickle=False) as stored:
             if sum(member.file_size for member in stored.zip.infolist()) > most:  # no more than that is unpacked
                 return False
             return str(stored["fingerprint"]) == wanted and stored["samples"].shape == shape
@@ -262,7 +262,7 @@ def is_complete(folder, case_name, shape, wanted):
 # ---- masks that are kept until all cases are scored ----
 
 def kept_file(folder, case_name):
-    return checkpoint.join(folder, f".drawn_{case_name}.pt")
+    return storage.join(folder, f".drawn_{case_name}.pt")
 
 
 def keep_masks(folder, case_name, masks, fingerprint):
@@ -279,7 +279,7 @@ def kept_masks(folder, case_name, shape, wanted):
     """What keep_masks has kept: masks of this shape (n, H, W), None unless they are whole and of the fingerprint
     `wanted`."""
     path = kept_file(folder, case_name)
-    if not checkpoint.exists(path):
+    if not storage.exists(path):
         return None
     try:
         kept = checkpoint.load(path)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from . import checkpoint, script_util
+from . import checkpoint, script_util, storage
 from .sample_util import EnsembleSampler, to_masks
 from .script_util import BEST
 
@@ -31,7 +31,7 @@ class Segmenter:
         :raises InputError: if the file is no checkpoint, or of another architecture than the flags describe, or the
             flags given contradict those stored.
         """
-        folder = checkpoint.folder_of(path)
+        folder = storage.folder_of(path)
         args = SimpleNamespace(**{**script_util.model_and_diffusion_defaults(), **flags})
         script_util.apply_stored_flags(args, flags, checkpoint.load_flags(folder), folder)
         model, _ = script_util.create_model_and_diffusion(**vars(args))

@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from . import checkpoint, dist_util, logger, training_data
+from . import checkpoint, dist_util, logger, storage, training_data
 from .errors import InputError
 from .nn import update_ema
 from .train_watch import BadSteps, Meter, SignalsNoted
@@ -285,21 +285,21 @@ class TrainLoop:
         :param same_run: refuse a checkpoint of a run on other cases.
         :raises InputError: for files that are damaged, or do not fit this loop.
         """
-        folder, step = checkpoint.folder_of(model_path), checkpoint.step_of(model_path)
+        folder, step = storage.folder_of(model_path), checkpoint.step_of(model_path)
         if step is not None and str(model_path).rsplit("/", 1)[-1] == checkpoint.NEWEST:
             # a run killed while it saved may have left it one save behind the rest
-            model_path = checkpoint.join(folder, checkpoint.model_name(step))
+            model_path = storage.join(folder, checkpoint.model_name(step))
         checkpoint.load_model(self.cimd.model, model_path, "--resume_checkpoint")
         for rate, ema in self.ema.items():
-            ema_path = checkpoint.join(folder, checkpoint.ema_name(rate, step or 0))
-            if step is not None and checkpoint.exists(ema_path):
+            ema_path = storage.join(folder, checkpoint.ema_name(rate, step or 0))
+            if step is not None and storage.exists(ema_path):
                 checkpoint.load_model(ema, ema_path, "--resume_checkpoint")
             else:
                 logger.log(f"no moving average at rate {rate} beside {model_path}: it starts from the weights")
                 ema.load_state_dict(self.cimd.model.state_dict())
-        opt_path = checkpoint.join(folder, checkpoint.opt_name(step or 0))
+        opt_path = storage.join(folder, checkpoint.opt_name(step or 0))
         rest = None
-        if step is not None and checkpoint.exists(opt_path):
+        if step is not None and storage.exists(opt_path):
             rest = checkpoint.load(opt_path, "--resume_checkpoint")
         if not isinstance(rest, dict) or "position" not in rest:  # none, or the published code's for its U-Net alone
             logger.log(f"no {checkpoint.opt_name(step or 0)} of this code beside {model_path}: optimiser, AMN and ACN"

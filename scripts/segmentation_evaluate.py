@@ -16,7 +16,7 @@ that can be measured with so few raters) and the empty mask. README.md says what
 
 from tqdm.auto import tqdm
 
-from guided_diffusion import checkpoint, dist_util
+from guided_diffusion import dist_util, storage
 from guided_diffusion.cli import run_script, start_script
 from guided_diffusion.datasets import find_cases, read_ahead
 from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
@@ -35,7 +35,7 @@ def main():
         fewest = min(map(len, members.values()))
         sizes = sub_ensemble_sizes(args.num_samples, fewest, required="num_samples" in given)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev())
-        checkpoint.make_folder(folder, "--output_dir")
+        storage.make_folder(folder, "--output_dir")
 
     cases = [case for case in cases if case.name in members]
     problems = []

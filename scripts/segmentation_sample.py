@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from guided_diffusion import checkpoint, dist_util, logger, sample_util
+from guided_diffusion import checkpoint, dist_util, logger, sample_util, storage
 from guided_diffusion.cli import results_folder, run_script, start_script
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.errors import raise_problems
@@ -41,15 +41,35 @@ def shared_problems(cases):
     return [cases.problems[i] for i in sorted(cases.problems)]
 
 
+def announce_time(sampler, batches, scan):
+    """Say how long so many batches will take, if another sampler would be much faster."""
+    best = SAMPLERS[BEST["sampler"]][1](BEST["sampling_steps"])
+    if sampler.calls > 4 * best and batches:
+        seconds = sampler.seconds_a_call(scan) * sampler.calls * batches
+        logger.log(f"this will take about {timedelta(seconds=round(seconds))}; --sampler best takes {best} network"
+                   f" calls a mask rather than {sampler.calls}")
+
+
+def is_done(case, folder, shape, settings, evaluation):
+    """Whether the masks of a case are there, of this shape and from these settings; for an evaluation, scores them."""
+    fingerprint = sample_util.fingerprint(case, **settings)
+    if not evaluation:
+        return sample_util.is_complete(folder, case.name, shape, fingerprint)
+    masks = sample_util.kept_masks(folder, case.name, shape, fingerprint)
+    if masks is not None:
+        evaluation.add(*case, masks)
+    return masks is not None
+
+
 def main():
     args, given = start_script("sampling", __doc__)
     rank, world_size = dist_util.rank(), dist_util.world_size()
 
     with dist_util.all_ranks_or_none():
         folder = results_folder(args)
-        model_path = args.model_path or checkpoint.join(folder, checkpoint.NEWEST)
-        stored = checkpoint.load_flags(checkpoint.folder_of(model_path))
-        apply_stored_flags(args, given, stored, checkpoint.folder_of(model_path))
+        model_path = args.model_path or storage.join(folder, checkpoint.NEWEST)
+        stored = checkpoint.load_flags(storage.folder_of(model_path))
+        apply_stored_flags(args, given, stored, storage.folder_of(model_path))
         dtype = autocast_dtype(args)
         model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
         checkpoint.load_model(model, model_path)
@@ -61,27 +81,16 @@ def main():
     with dist_util.all_ranks_or_none():
         if len(problems) == len(cases):
             raise_problems(problems, args.data_dir)
-        checkpoint.make_folder(folder)
+        storage.make_folder(folder)
         if rank == 0:
-            checkpoint.remove_partial(folder)
+            storage.remove_partial(folder)
 
-    settings = {**pick(args, "model", "diffusion"), "model": checkpoint.digest(model_path), "seed": args.seed,
+    settings = {**pick(args, "model", "diffusion"), "model": storage.digest(model_path), "seed": args.seed,
                 "sampler": args.sampler, "ddim_eta": args.ddim_eta, "clip_denoised": args.clip_denoised,
                 "median_blur": args.median_blur}
     shape = args.num_ensemble, args.image_size, args.image_size
     mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
-    todo = []  # the numbers of this process's cases that are still to be drawn
-    for i, case in cases.readable(mine):
-        fingerprint = sample_util.fingerprint(case, **settings)
-        if evaluation:
-            masks = sample_util.kept_masks(folder, case.name, shape, fingerprint)
-            complete = masks is not None
-            if complete:
-                evaluation.add(*case, masks)
-        else:
-            complete = sample_util.is_complete(folder, case.name, shape, fingerprint)
-        if not complete:
-            todo.append(i)
+    todo = [i for i, case in cases.readable(mine) if not is_done(case, folder, shape, settings, evaluation)]
     problems = shared_problems(cases)
     before = len(cases) - len(problems) - sum(dist_util.all_gather_objects(len(todo)))
 
@@ -108,11 +117,7 @@ def main():
         batch_size = sampler.batch_size
         logger.log(f"--batch_size auto: {batch_size}")
     batches = -(-len(todo) * args.num_ensemble // batch_size)
-    best = SAMPLERS[BEST["sampler"]][1](BEST["sampling_steps"])
-    if sampler.calls > 4 * best and batches:
-        seconds = sampler.seconds_a_call(blank) * sampler.calls * batches
-        logger.log(f"this will take about {timedelta(seconds=round(seconds))}; --sampler best takes {best} network"
-                   f" calls a mask rather than {sampler.calls}")
+    announce_time(sampler, batches, blank)
     monitor = Monitor(args.visdom_port if rank == 0 else 0, env=os.path.basename(os.path.abspath(folder)))
     start = time.perf_counter()
     with dist_util.all_ranks_or_none(), sample_util.BackgroundWriter() as write, \
@@ -140,7 +145,7 @@ def main():
     after = len(cases) - len(problems)
     seconds, drawn = time.perf_counter() - start, (after - before) * args.num_ensemble
     logger.log(f"{after - before} cases, {drawn} masks" + (f", {seconds / drawn:.3g} seconds per mask" if drawn else "")
-               + ("" if evaluation else f"; look at {checkpoint.join(folder, '*_montage.png')}"))
+               + ("" if evaluation else f"; look at {storage.join(folder, '*_montage.png')}"))
     if evaluation:
         evaluation.gather()
     with dist_util.all_ranks_or_none():
@@ -154,7 +159,7 @@ def main():
     if evaluation:
         for i in mine:
             with contextlib.suppress(OSError):
-                checkpoint.remove(sample_util.kept_file(folder, cases.cases[i].name))
+                storage.remove(sample_util.kept_file(folder, cases.cases[i].name))
 
 
 if __name__ == "__main__":

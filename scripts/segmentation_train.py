@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion import checkpoint, dist_util, logger, storage
 from guided_diffusion.cli import results_folder, run_script, start_script
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.errors import InputError
@@ -40,12 +40,12 @@ def main():
     with dist_util.all_ranks_or_none():
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
-        check_stored_flags(stored, checkpoint.folder_of(resume_from) if resume_from else folder)
+        check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
         clash = [] if args.resume_checkpoint else differing(vars(args), stored, "seed")
         if clash:
             raise InputError(f"{', '.join(clash)}: not what the run in {folder} was started with; give the same flags"
                              f" to go on with it, or another --results_dir to start afresh")
-        apply_stored_flags(args, given, stored, checkpoint.folder_of(resume_from) if resume_from else folder)
+        apply_stored_flags(args, given, stored, storage.folder_of(resume_from) if resume_from else folder)
         dtype = autocast_dtype(args)
         torch.manual_seed(args.seed)
         model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
@@ -54,9 +54,9 @@ def main():
         posterior, prior = create_encoders(**pick(args, "encoders"), image_channels=args.image_channels)
         cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
                                   progress=dist_util.rank() == 0)
-        checkpoint.make_folder(folder)
-        claim = checkpoint.claim(folder) if dist_util.rank() == 0 else contextlib.nullcontext()
-        checkpoint.remove_partial(folder)
+        storage.make_folder(folder)
+        claim = storage.claim(folder) if dist_util.rank() == 0 else contextlib.nullcontext()
+        storage.remove_partial(folder)
 
     logger.configure(local_folder(folder), enabled=dist_util.rank() == 0,
                      last_step=resume_from and checkpoint.step_of(resume_from) or 0)
@@ -92,7 +92,7 @@ def main():
         stopped_by = loop.run_loop()
     loop.monitor.close()
     logger.log(f"at step {loop.step}; sample from it: python scripts/segmentation_sample.py --data_dir <scans>"
-               f" --model_path {checkpoint.join(folder, checkpoint.NEWEST)}")
+               f" --model_path {storage.join(folder, checkpoint.NEWEST)}")
     logger.close()
     if stopped_by:
         dist_util.cleanup()
@@ -104,12 +104,12 @@ def find_run(args, folder):
     if args.resume_checkpoint == "auto":
         args.resume_checkpoint = ""
     if args.resume_checkpoint:
-        return args.resume_checkpoint, checkpoint.load_flags(checkpoint.folder_of(args.resume_checkpoint)), []
+        return args.resume_checkpoint, checkpoint.load_flags(storage.folder_of(args.resume_checkpoint)), []
     steps, problems = checkpoint.steps_in(folder), []
     for step in reversed(steps):
         found = checkpoint.damages(folder, step)
         if not found:
-            return checkpoint.join(folder, checkpoint.model_name(step)), checkpoint.load_flags(folder), problems
+            return storage.join(folder, checkpoint.model_name(step)), checkpoint.load_flags(folder), problems
         problems += found
     if steps:
         raise InputError(f"{folder} holds no whole checkpoint to go on from; start afresh in another --results_dir:\n"
@@ -119,7 +119,7 @@ def find_run(args, folder):
 
 def local_folder(folder):
     """Where the log goes: beside the checkpoints, or to $OPENAI_LOGDIR if those go to a bucket."""
-    return os.environ.get("OPENAI_LOGDIR") if checkpoint.is_remote(folder) else folder
+    return os.environ.get("OPENAI_LOGDIR") if storage.is_remote(folder) else folder
 
 
 def count(model):

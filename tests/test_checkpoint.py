@@ -14,7 +14,7 @@ import torch
 from helpers import refusal
 from torch import nn
 
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, storage
 from guided_diffusion.errors import InputError
 
 
@@ -79,7 +79,7 @@ def _write_forever(folder, ready):
     while True:
         number += 1
         for name in (checkpoint.model_name(1), checkpoint.NEWEST):
-            checkpoint.save(checkpoint.join(folder, name),
+            checkpoint.save(storage.join(folder, name),
                             {"number": number, "weights": torch.full((400_000,), float(number))})
         ready.set()
 
@@ -112,14 +112,14 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, m
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError):
-        checkpoint.write_bytes(tmp_path / "a.pt", b"new")
+        storage.write_bytes(tmp_path / "a.pt", b"new")
     assert (tmp_path / "a.pt").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
 def test_old_and_new_content_never_mix_when_a_write_is_shorter(tmp_path):
-    checkpoint.write_bytes(tmp_path / "a", b"x" * 100)
-    checkpoint.write_bytes(tmp_path / "a", b"y")
+    storage.write_bytes(tmp_path / "a", b"x" * 100)
+    storage.write_bytes(tmp_path / "a", b"y")
     assert (tmp_path / "a").read_bytes() == b"y" and os.listdir(tmp_path) == ["a"]
 
 
@@ -299,22 +299,22 @@ def test_broken_flags_are_refused_by_name(tmp_path, content):
 def test_digest_tells_files_apart(tmp_path):
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "b").write_bytes(b"1")
-    assert checkpoint.digest(tmp_path / "a") == checkpoint.digest(tmp_path / "b")
+    assert storage.digest(tmp_path / "a") == storage.digest(tmp_path / "b")
     (tmp_path / "b").write_bytes(b"2")
-    assert checkpoint.digest(tmp_path / "a") != checkpoint.digest(tmp_path / "b")
+    assert storage.digest(tmp_path / "a") != storage.digest(tmp_path / "b")
 
 
 # ---- folders ----
 
 def test_folder_is_made_with_its_parents_and_probed_without_a_trace(tmp_path):
-    checkpoint.make_folder(tmp_path / "a" / "b")
+    storage.make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir() and not os.listdir(tmp_path / "a" / "b")
 
 
 def test_file_in_the_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        message = refusal(checkpoint.make_folder, path)
+        message = refusal(storage.make_folder, path)
         assert f"--results_dir {path}" in message
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -326,14 +326,14 @@ def test_bucket_holds_checkpoints_and_flags(bucket, root, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     folder = root + "/run/1"
     model = network()
-    checkpoint.make_folder(folder)
+    storage.make_folder(folder)
     assert checkpoint.steps_in(folder) == [] and checkpoint.load_flags(folder) == {}
-    path = checkpoint.join(folder + "/", checkpoint.model_name(3))
-    assert path == f"{folder}/savedmodel000003.pt" and checkpoint.folder_of(path) == folder
+    path = storage.join(folder + "/", checkpoint.model_name(3))
+    assert path == f"{folder}/savedmodel000003.pt" and storage.folder_of(path) == folder
     checkpoint.save(path, model.state_dict())
-    checkpoint.save(checkpoint.join(folder, checkpoint.opt_name(3)), {"step": 3})
+    checkpoint.save(storage.join(folder, checkpoint.opt_name(3)), {"step": 3})
     for _ in range(2):  # the second time over the first
-        checkpoint.save(checkpoint.join(folder, checkpoint.NEWEST), model.state_dict())
+        checkpoint.save(storage.join(folder, checkpoint.NEWEST), model.state_dict())
     checkpoint.save_flags(folder, {"image_size": 16})
     assert sorted(bucket) == [f"{folder}/{name}" for name in ("flags.json", "optsavedmodel000003.pt", "savedmodel.pt",
                                                               "savedmodel000003.pt")]
@@ -343,7 +343,7 @@ def test_bucket_holds_checkpoints_and_flags(bucket, root, tmp_path, monkeypatch)
     nn.init.zeros_(other[0].weight)
     checkpoint.load_model(other, f"{folder}/savedmodel.pt")
     assert equal(model.state_dict(), other.state_dict())
-    assert checkpoint.digest(path) == checkpoint.digest(f"{folder}/savedmodel.pt")
+    assert storage.digest(path) == storage.digest(f"{folder}/savedmodel.pt")
     assert not os.listdir(tmp_path)
 
 

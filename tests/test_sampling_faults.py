@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import refusal
 
-from guided_diffusion import checkpoint, datasets, decoded_file, pictures, plots, sample_util
+from guided_diffusion import checkpoint, datasets, decoded_file, pictures, plots, sample_util, storage
 from guided_diffusion.datasets import Case, SegmentationCases
 from guided_diffusion.errors import InputError
 from guided_diffusion.sample_util import is_complete, kept_file, kept_masks, keep_masks
@@ -309,7 +309,7 @@ def test_an_ensemble_is_not_complete_once_a_file_of_it_is_of_another(sample, mon
         assert sample(seed, "--num_samples", 1, "--seed", seed).code == 0
     shutil.copytree("0", "mixed")
     with monkeypatch.context() as context, pytest.raises(Killed):
-        context.setattr(checkpoint, "write_bytes", killing(checkpoint.write_bytes, call))
+        context.setattr(storage, "write_bytes", killing(storage.write_bytes, call))
         sample("mixed", "--num_samples", 1, "--seed", 1)
     for seed in (0, 1):
         shutil.copytree("mixed", f"mixed{seed}")

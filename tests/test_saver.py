@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_train_util import make_cimd, make_loop, weights
 
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, storage
 from guided_diffusion.checkpoint import Saver
 from guided_diffusion.errors import InputError
 
@@ -25,14 +25,14 @@ def files(step, value):
 @pytest.fixture
 def slow(monkeypatch):
     """Writing that waits until it is let go; the names in the order they were written."""
-    gate, names, write = threading.Event(), [], checkpoint.write_bytes
+    gate, names, write = threading.Event(), [], storage.write_bytes
 
     def wait_and_write(path, data):
         assert gate.wait(60)
         names.append(os.path.basename(path))
         write(path, data)
 
-    monkeypatch.setattr(checkpoint, "write_bytes", wait_and_write)
+    monkeypatch.setattr(storage, "write_bytes", wait_and_write)
     return gate, names
 
 
@@ -81,20 +81,20 @@ def test_older_checkpoints_stay_until_the_new_one_is_whole(tmp_path, monkeypatch
     saver = Saver(tmp_path, keep=1)
     saver.begin(1, files(1, 1))
     saver.wait()
-    write = checkpoint.write_bytes
+    write = storage.write_bytes
 
     def full(path, data):
         if path.endswith(checkpoint.model_name(2)):
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(checkpoint, "write_bytes", full)
+    monkeypatch.setattr(storage, "write_bytes", full)
     saver.begin(2, files(2, 2))
     saver.wait()
     assert saver.last == 1 and "step 2 could not be saved" in saver.problem and "No space left" in saver.problem
     assert checkpoint.steps_in(tmp_path) == [1] and not list(tmp_path.glob("*000002*"))  # nor does a part take space
     assert (checkpoint.load(tmp_path / checkpoint.NEWEST)["w"] == 1).all()
-    monkeypatch.setattr(checkpoint, "write_bytes", write)
+    monkeypatch.setattr(storage, "write_bytes", write)
     saver.begin(3, files(3, 3))
     saver.wait()
     assert saver.last == 3 and not saver.problem and checkpoint.steps_in(tmp_path) == [3]

@@ -15,7 +15,7 @@ import torch
 from helpers import MODEL
 from PIL import Image
 
-from guided_diffusion import checkpoint, script_util
+from guided_diffusion import checkpoint, script_util, storage
 
 TRAIN, SAMPLE = "segmentation_train.py", "segmentation_sample.py"
 KINDS = ["ensemble.npz", "mean.png", "montage.png", "output0.png", "output1.png", "std.png"]  # of 2 members
@@ -137,7 +137,7 @@ def test_training_goes_on_from_a_checkpoint_elsewhere(train, tmp_path):
 def test_training_goes_on_from_a_checkpoint_of_the_published_code(train, trained, tmp_path):
     """It saves under the same names, but of the optimiser only the U-Net's part, in a form of its own."""
     state = weights(trained / "savedmodel.pt")
-    checkpoint.make_folder(tmp_path / "published")
+    storage.make_folder(tmp_path / "published")
     checkpoint.save(tmp_path / "published" / "savedmodel005000.pt", state)
     checkpoint.save(tmp_path / "published" / "emasavedmodel_0.9999_005000.pt", state)
     parameters = [torch.nn.Parameter(value) for value in state.values()]
@@ -211,7 +211,7 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_others_left(trai
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     host = socket.gethostname()
-    stale = [f".savedmodel000001.pt.{host}.{gone.pid}.partial", f".x_mean.png.{host}.{gone.pid}.partial",
+    stale = [f".savedmodel000009.pt.{host}.{os.getpid()}.partial", f".savedmodel000001.pt.{host}.{gone.pid}.partial", f".x_mean.png.{host}.{gone.pid}.partial",
              ".savedmodel.pt.elsewhere.cluster.1.partial"]
     kept = [f".savedmodel.pt.{host}.{os.getppid()}.partial", ".savedmodel.pt.elsewhere.cluster.2.partial", ".partial",
             f"savedmodel.pt.{host}.{gone.pid}.partial", ".savedmodel.pt.partial"]
@@ -224,8 +224,8 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_others_left(trai
 
 
 def test_a_folder_is_trained_into_by_one_run_at_a_time(train, tmp_path):
-    checkpoint.make_folder(tmp_path / "results")
-    with checkpoint.claim(tmp_path / "results"):
+    storage.make_folder(tmp_path / "results")
+    with storage.claim(tmp_path / "results"):
         refused(train("results"), "--results_dir results", "another run is training into it")
     assert train("results", "--max_steps", 1).code == 0
 
