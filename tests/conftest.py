@@ -3,6 +3,7 @@
 import io
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,23 @@ def run(capsys, monkeypatch, tmp_path):
         return SimpleNamespace(code=code, out=out, err=err)
 
     return call
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk(options) mounts a small file system at tmp_path/results, or again with other options."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+
+    def mount(options):
+        again = "remount," if folder.is_mount() else ""
+        result = subprocess.run(["mount", "-t", "tmpfs", "-o", again + options, "tmpfs", folder], capture_output=True)
+        if result.returncode:
+            pytest.skip(f"nothing can be mounted here: {result.stderr.decode().strip()}")
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture

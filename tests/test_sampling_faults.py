@@ -453,23 +453,6 @@ def test_a_huge_file_is_not_read(written):
 
 # ---- disks ----
 
-@pytest.fixture
-def disk(tmp_path):
-    """disk(options) mounts a small file system at tmp_path/results, or again with other options."""
-    folder = tmp_path / "results"
-    folder.mkdir()
-
-    def mount(options):
-        again = "remount," if folder.is_mount() else ""
-        result = subprocess.run(["mount", "-t", "tmpfs", "-o", again + options, "tmpfs", folder], capture_output=True)
-        if result.returncode:
-            pytest.skip(f"nothing can be mounted here: {result.stderr.decode().strip()}")
-
-    yield mount
-    if folder.is_mount():
-        subprocess.run(["umount", folder], check=True)
-
-
 def ended_well(result, path):
     """Whether a run ended with one line that names this file and what to do."""
     return result.code == 2 and "Traceback" not in result.err + result.out and result.err.count("\n") == 1 and (

@@ -15,7 +15,7 @@ import torch
 from helpers import MODEL
 from PIL import Image
 
-from guided_diffusion import checkpoint, script_util, storage
+from guided_diffusion import checkpoint, logger, script_util, storage
 
 TRAIN, SAMPLE = "segmentation_train.py", "segmentation_sample.py"
 KINDS = ["ensemble.npz", "mean.png", "montage.png", "output0.png", "output1.png", "std.png"]  # of 2 members
@@ -211,7 +211,8 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_others_left(trai
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     host = socket.gethostname()
-    stale = [f".savedmodel000009.pt.{host}.{os.getpid()}.partial", f".savedmodel000001.pt.{host}.{gone.pid}.partial", f".x_mean.png.{host}.{gone.pid}.partial",
+    stale = [f".savedmodel000009.pt.{host}.{os.getpid()}.partial",  # of a process before with this one's number
+             f".savedmodel000001.pt.{host}.{gone.pid}.partial", f".x_mean.png.{host}.{gone.pid}.partial",
              ".savedmodel.pt.elsewhere.cluster.1.partial"]
     kept = [f".savedmodel.pt.{host}.{os.getppid()}.partial", ".savedmodel.pt.elsewhere.cluster.2.partial", ".partial",
             f"savedmodel.pt.{host}.{gone.pid}.partial", ".savedmodel.pt.partial"]
@@ -228,6 +229,24 @@ def test_a_folder_is_trained_into_by_one_run_at_a_time(train, tmp_path):
     with storage.claim(tmp_path / "results"):
         refused(train("results"), "--results_dir results", "another run is training into it")
     assert train("results", "--max_steps", 1).code == 0
+
+
+def test_training_goes_on_while_the_disk_is_full_and_more_room_lets_it_end_as_ever(train, disk, tmp_path):
+    flags = ["--max_steps", 6, "--save_interval", 1, "--save_patience", 2, "--log_interval", 1]
+    assert train("whole", *flags).code == 0
+    disk("size=24m")  # room for one checkpoint and a part of the next
+    result = train("results", *flags)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "No space left on device" in result.err and "it goes on from step 1" in result.err
+    assert "step 2 could not be saved" in result.out and "training goes on" in result.out
+    assert checkpoint.steps_in("results") == [1] and not checkpoint.damages("results", 1)
+    logger.close()  # as the end of its process would have
+    disk("size=24m,ro")
+    refused(train("results", *flags), "--results_dir results: cannot be written", "Read-only file system")
+    disk("size=200m,rw")
+    assert train("results", *flags).code == 0
+    for name in ("savedmodel.pt", "emasavedmodel_0.9999_000006.pt"):
+        assert same_weights(weights(tmp_path / "whole" / name), weights(tmp_path / "results" / name))
 
 
 def test_seed_decides_the_weights(train, tmp_path):
