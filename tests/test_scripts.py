@@ -242,7 +242,7 @@ def test_training_goes_on_while_the_disk_is_full_and_more_room_lets_it_end_as_ev
     assert checkpoint.steps_in("results") == [1] and not checkpoint.damages("results", 1)
     logger.close()  # as the end of its process would have
     disk("size=24m,ro")
-    refused(train("results", *flags), "--results_dir results: cannot be written", "Read-only file system")
+    refused(train("results", *flags), "--results_dir results: cannot be written; give another folder")
     disk("size=200m,rw")
     assert train("results", *flags).code == 0
     for name in ("savedmodel.pt", "emasavedmodel_0.9999_000006.pt"):
