@@ -179,6 +179,23 @@ def load_state(model, state, what):
     model.load_state_dict(state)
 
 
+def load_moments(optimizer, stored):
+    """Load the moments of AdamW, not its flags; almost any exception if they are not those of its parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {number: dict(entry) for number, entry in stored["state"].items()}
+    if state and state.keys() != set(range(len(parameters))):
+        raise ValueError(f"moments of {len(state)} parameters, not {len(parameters)}")
+    for number, entry in state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if not is_plain(entry[name]) or entry[name].shape != parameters[number].shape:
+                raise ValueError(f"moments of another shape or kind for parameter {number}")
+            # a fused step takes their memory to be laid out like the parameter's, and looks no further
+            entry[name] = torch.empty_like(parameters[number]).copy_(entry[name])
+        if float(entry["step"]) < 0:
+            raise ValueError(f"a step below 0 for parameter {number}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def is_plain(value):
     """Whether this is a tensor of real numbers that lie in memory."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 from . import dist_util, storage
 from .errors import InputError
-from .script_util import FLAGS, check_value, choose_sampler, defaults, parse_numbers
+from .flags import FLAGS, check_value, defaults, parse_numbers
+from .script_util import choose_sampler
 
 # the groups of flags that a script takes
 JOBS = {

@@ -95,7 +95,8 @@ def _launch(ngpu):
     def stop(number, frame):
         raise SignalException(f"signal {number}", signal.Signals(number))
 
-    signal.signal(signal.SIGUSR1, stop)  # torchrun passes on the others by itself
+    if hasattr(signal, "SIGUSR1"):  # torchrun passes on the others by itself
+        signal.signal(signal.SIGUSR1, stop)
     try:
         run(parse_args(["--standalone", f"--nproc_per_node={ngpu}", *sys.argv]))
     except SignalException as stop:
@@ -182,11 +183,6 @@ def dev():
 def to_device(tensor, device):
     """A CPU tensor on a device, without waiting for what that is busy with."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def all_gather_objects(value):

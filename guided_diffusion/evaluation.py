@@ -14,7 +14,7 @@ import torch
 from . import dist_util, metrics, montage, storage
 from .errors import InputError
 from .sample_util import writing
-from .script_util import parse_numbers
+from .flags import parse_numbers
 
 MODEL, RATERS, BACKGROUND = "model", "resampled raters", "all background"
 SHOWN = 4  # cases in best.png and in worst.png

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from . import checkpoint, script_util, storage
+from .flags import apply_stored_flags, defaults
 from .sample_util import EnsembleSampler, to_masks
 from .script_util import BEST
 
@@ -33,7 +34,7 @@ class Segmenter:
         """
         folder = storage.folder_of(path)
         args = SimpleNamespace(**{**script_util.model_and_diffusion_defaults(), **flags})
-        script_util.apply_stored_flags(args, flags, checkpoint.load_flags(folder), folder)
+        apply_stored_flags(args, flags, checkpoint.load_flags(folder), folder)
         model, _ = script_util.create_model_and_diffusion(**vars(args))
         checkpoint.load_model(model, path, "checkpoint")
         return cls(model, vars(args), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -50,7 +51,7 @@ class Segmenter:
         """
         image = self._prepare(image)
         respacing = f"{BEST['timestep_spacing']}{steps or BEST['sampling_steps']}"
-        diffusion_flags = {name: self.flags[name] for name in script_util.defaults("diffusion")}
+        diffusion_flags = {name: self.flags[name] for name in defaults("diffusion")}
         diffusion = script_util.create_gaussian_diffusion(**{**diffusion_flags, "timestep_respacing": respacing})
         sampler = EnsembleSampler(self.model, diffusion, seed=seed, sampler=BEST["sampler"])
         batch_size = batch_size or num_ensemble

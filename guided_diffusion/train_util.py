@@ -309,7 +309,7 @@ class TrainLoop:
             return
         if "posterior" in rest and self.cimd.posterior is not None:
             checkpoint.load_state(self.cimd.posterior, rest["posterior"], opt_path)
-            checkpoint.load_state(self.cimd.prior, rest["prior"], opt_path)
+            checkpoint.load_state(self.cimd.prior, rest.get("prior"), opt_path)
         elif "posterior" in rest or self.cimd.posterior is not None:
             raise InputError(f"{opt_path}: is of a run with{'' if 'posterior' in rest else 'out'} AMN and ACN; give the"
                              f" --kl_weight it was trained with")
@@ -329,21 +329,7 @@ class TrainLoop:
         self.step, self.position = operator.index(rest["step"]), operator.index(rest["position"])
         if not (0 <= self.step < 2 ** 62 and 0 <= self.position < 2 ** 62):
             raise ValueError("a step or position that none can be at")
-        own = self.optimizer.state_dict()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state = rest["optimizer"]["state"]
-        if state and state.keys() != set(range(len(parameters))):
-            raise ValueError(f"moments of {len(state)} parameters, not {len(parameters)}")
-        state = {number: dict(entry) for number, entry in state.items()}
-        for number, entry in state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if not checkpoint.is_plain(entry[name]) or entry[name].shape != parameters[number].shape:
-                    raise ValueError(f"moments of another shape or kind for parameter {number}")
-                # a fused step takes their memory to be laid out like the parameter's, and looks no further
-                entry[name] = torch.empty_like(parameters[number]).copy_(entry[name])
-            if float(entry["step"]) < 0:
-                raise ValueError(f"a step below 0 for parameter {number}")
-        self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})  # flags set the rest
+        checkpoint.load_moments(self.optimizer, rest["optimizer"])
         if self.scaler.is_enabled() and rest["scaler"]:
             if not all(0 <= float(value) < math.inf for value in rest["scaler"].values()):
                 raise ValueError("a scale of gradients that is none")

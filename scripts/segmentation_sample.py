@@ -29,9 +29,8 @@ from guided_diffusion.errors import raise_problems
 from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.samplers import SAMPLERS
-from guided_diffusion.script_util import (
-    BEST, apply_stored_flags, autocast_dtype, compile_network, create_model_and_diffusion, defaults, pick,
-)
+from guided_diffusion.flags import apply_stored_flags, defaults, pick
+from guided_diffusion.script_util import BEST, autocast_dtype, compile_network, create_model_and_diffusion
 
 
 def shared_problems(cases):

@@ -22,11 +22,8 @@ from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.errors import InputError
 from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.script_util import (
-    apply_stored_flags, autocast_dtype, check_stored_flags, compile_network, create_encoders,
-    create_model_and_diffusion, differing, pick,
-    stored_flags,
-)
+from guided_diffusion.flags import apply_stored_flags, check_stored_flags, differing, pick, stored_flags
+from guided_diffusion.script_util import autocast_dtype, compile_network, create_encoders, create_model_and_diffusion
 from guided_diffusion.training_data import ShuffledCases
 from guided_diffusion.train_util import CIMD, TrainLoop
 

@@ -118,7 +118,7 @@ def disk(tmp_path):
 
     yield mount
     if folder.is_mount():
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a run that failed may hold a file open
 
 
 @pytest.fixture

@@ -12,10 +12,8 @@ from guided_diffusion.cli import parse_flags
 from guided_diffusion.gaussian_diffusion import ModelVarType
 from guided_diffusion.respace import SPACINGS
 from guided_diffusion.samplers import SAMPLERS
-from guided_diffusion.script_util import (
-    BEST, apply_stored_flags, autocast_dtype, choose_sampler, create_gaussian_diffusion, create_model, pick,
-    stored_flags,
-)
+from guided_diffusion.flags import apply_stored_flags, pick, stored_flags
+from guided_diffusion.script_util import BEST, autocast_dtype, choose_sampler, create_gaussian_diffusion, create_model
 
 TRAINING, SAMPLING, EVALUATION = "training", "sampling", "evaluation"
 

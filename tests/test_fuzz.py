@@ -18,7 +18,8 @@ from guided_diffusion.cli import JOBS, parse_flags
 from guided_diffusion.datasets import SegmentationCases, find_cases
 from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
 from guided_diffusion.errors import InputError
-from guided_diffusion.script_util import FLAGS, create_encoders, create_gaussian_diffusion, create_model, pick
+from guided_diffusion.flags import FLAGS, pick
+from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
 
 SIZE = 16
 fuzz = settings(max_examples=200, deadline=None, derandomize=True, database=None,
