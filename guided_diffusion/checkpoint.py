@@ -100,7 +100,7 @@ class Saver:
                 save(storage.join(self.folder, name), state)
                 written.append(name)
         except BaseException:
-            self._remove(written)  # a part of a checkpoint only takes space
+            self._remove(name for name in written if name != NEWEST)  # a part of a checkpoint only takes space
             raise
         if self.keep:
             oldest = steps_in(self.folder)[-self.keep:][0]

@@ -255,7 +255,7 @@ class TrainLoop:
     # ---- checkpoints ----
 
     def save(self):
-        """Begin to write the checkpoint of this step; savedmodel.pt, which says that it is whole, comes last.
+        """Begin to write the checkpoint of this step; savedmodel<step>.pt, which says that it is whole, comes last.
 
         Every rank calls this, but for a second attempt right after a line of the log, when there are no sums of losses
         to gather.
@@ -275,7 +275,7 @@ class TrainLoop:
         self.saver.begin(self.step, {
             checkpoint.opt_name(self.step): rest,
             **{checkpoint.ema_name(rate, self.step): ema.state_dict() for rate, ema in self.ema.items()},
-            checkpoint.model_name(self.step): weights, checkpoint.NEWEST: weights})
+            checkpoint.NEWEST: weights, checkpoint.model_name(self.step): weights})
 
     def resume(self, model_path, same_run=False):
         """Go on from savedmodel<step>.pt and the files of the same step beside it.

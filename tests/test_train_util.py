@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from guided_diffusion import checkpoint, logger
+from guided_diffusion import checkpoint, logger, storage
 from guided_diffusion.datasets import Case
 from guided_diffusion.errors import InputError
 from guided_diffusion.monitor import Monitor
@@ -518,6 +518,35 @@ def test_weight_decay_is_that_of_the_flags_not_of_the_checkpoint(tmp_path):
     loop = make_loop(tmp_path, weight_decay=0.25)
     loop.resume(tmp_path / "savedmodel.pt")
     assert [group["weight_decay"] for group in loop.optimizer.param_groups] == [0.25]
+
+
+def test_run_killed_while_it_saved_its_last_step_leaves_no_older_weights_behind(tmp_path, monkeypatch):
+    """Killed before each of the files of step 2, and started again."""
+    (tmp_path / "undisturbed").mkdir()
+    make_loop(tmp_path / "undisturbed", max_steps=2, save_interval=1).run_loop()
+    expected = checkpoint.load(tmp_path / "undisturbed" / "savedmodel.pt")
+    names = [checkpoint.opt_name(2), checkpoint.ema_name("0.9999", 2), "savedmodel.pt", checkpoint.model_name(2)]
+    for name in names:
+        folder, write = tmp_path / f"before {name}", storage.write_bytes
+        folder.mkdir()
+        make_loop(folder, max_steps=1).run_loop()
+        loop = make_loop(folder, max_steps=2)
+        loop.resume(folder / "savedmodel.pt")
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.saver, "_remove", lambda names: None)  # nor would a killed process tidy up
+
+            def killed_before(path, data):
+                if path.endswith("/" + name):
+                    raise OSError("killed")
+                write(path, data)
+
+            patch.setattr(storage, "write_bytes", killed_before)
+            with pytest.raises(InputError, match="killed"):
+                loop.run_loop()
+        again = make_loop(folder, max_steps=2)
+        again.resume(folder / checkpoint.model_name(checkpoint.steps_in(folder)[-1]))
+        again.run_loop()
+        assert_same(dict(checkpoint.load(folder / "savedmodel.pt")), dict(expected))
 
 
 def test_resume_from_the_newest_takes_weights_and_optimiser_of_one_step(tmp_path):
