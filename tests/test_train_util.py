@@ -527,7 +527,7 @@ def test_run_killed_while_it_saved_its_last_step_leaves_no_older_weights_behind(
     expected = checkpoint.load(tmp_path / "undisturbed" / "savedmodel.pt")
     names = [checkpoint.opt_name(2), checkpoint.ema_name("0.9999", 2), "savedmodel.pt", checkpoint.model_name(2)]
     for name in names:
-        folder, write = tmp_path / f"before {name}", storage.write_bytes
+        folder = tmp_path / f"before {name}"
         folder.mkdir()
         make_loop(folder, max_steps=1).run_loop()
         loop = make_loop(folder, max_steps=2)
@@ -535,7 +535,7 @@ def test_run_killed_while_it_saved_its_last_step_leaves_no_older_weights_behind(
         with monkeypatch.context() as patch:
             patch.setattr(loop.saver, "_remove", lambda names: None)  # nor would a killed process tidy up
 
-            def killed_before(path, data):
+            def killed_before(path, data, name=name, write=storage.write_bytes):
                 if path.endswith("/" + name):
                     raise OSError("killed")
                 write(path, data)
