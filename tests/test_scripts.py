@@ -249,6 +249,15 @@ def test_training_goes_on_while_the_disk_is_full_and_more_room_lets_it_end_as_ev
         assert same_weights(weights(tmp_path / "whole" / name), weights(tmp_path / "results" / name))
 
 
+def test_deterministic_training_uses_no_other_algorithms(train, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    try:
+        assert train("results", "--deterministic", "True", "--schedule_sampler", "loss-second-moment").code == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_seed_decides_the_weights(train, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(name, "--max_steps", 1, "--seed", seed)
