@@ -68,7 +68,7 @@ class Saver:
         """Copy the states {name: state}, then write them in this order; waits only for what is still being written."""
         self.wait()
         copies = {id(state): _copied(state) for state in files.values()}
-        self.job = step, self.pool.submit(self._write, {name: copies[id(state)] for name, state in files.items()})
+        self.job = step, self.pool.submit(self._write, step, {name: copies[id(state)] for name, state in files.items()})
 
     def wait(self):
         """Wait until nothing is being written any more."""
@@ -93,7 +93,7 @@ class Saver:
             self.last, self.problem = step, ""
             logger.log(f"saved step {step} in {self.folder}")
 
-    def _write(self, files):
+    def _write(self, step, files):
         written = []
         try:
             for name, state in files.items():
@@ -102,12 +102,15 @@ class Saver:
         except BaseException:
             self._remove(name for name in written if name != NEWEST)  # a part of a checkpoint only takes space
             raise
-        if self.keep:
-            oldest = steps_in(self.folder)[-self.keep:][0]
-            for name in sorted(storage.names_in(self.folder)):
-                match = re.fullmatch(r"optsavedmodel(\d{6,})\.pt", name)
-                if match and int(match[1]) < oldest:  # removed last, so that an interruption is made up for next time
-                    self._remove([*_files_of(self.folder, int(match[1])), name])
+        self.prune(step)
+
+    def prune(self, step):
+        """Remove all but the newest `keep` checkpoints up to this one, which is whole; later ones may not be."""
+        kept = [old for old in steps_in(self.folder) if old <= step][-self.keep:] if self.keep else []
+        for name in sorted(storage.names_in(self.folder)) if kept else ():
+            match = re.fullmatch(r"optsavedmodel(\d{6,})\.pt", name)
+            if match and int(match[1]) < kept[0]:  # removed last, so that an interruption is made up for next time
+                self._remove([*(_files_of(self.folder, int(match[1])) - {name}), name])
 
     def _remove(self, names):
         for name in names:
@@ -212,7 +215,7 @@ def steps_in(folder):
 def damages(folder, step):
     """What is wrong with the files of a checkpoint, as a list of strings."""
     problems = []
-    for name in _files_of(folder, step):
+    for name in sorted(_files_of(folder, step)):
         try:
             load(storage.join(folder, name), "checkpoint")
         except InputError as error:
@@ -222,7 +225,7 @@ def damages(folder, step):
 
 def _files_of(folder, step):
     kinds = re.compile(rf"(opt|ema)?savedmodel(_.+_)?{step:06d}\.pt")
-    return sorted(filter(kinds.fullmatch, storage.names_in(folder)))
+    return set(filter(kinds.fullmatch, storage.names_in(folder)))
 
 
 def step_of(path):

@@ -183,6 +183,8 @@ class TrainLoop:
             logger.log(f"step {self.step} is reached already; more --max_steps (or --lr_anneal_steps) would go on")
         stop_agreed = dist_util.StopFlag()
         self.saver.last = self.step
+        if dist_util.rank() == 0:
+            self.saver.prune(self.step)  # which the end of the run before may not have come to
         if dist_util.watch:
             dist_util.watch.before_exit = self.saver.finish
         bar = tqdm(total=self.end or None, initial=self.step, desc="training", unit=" steps", dynamic_ncols=True,

@@ -77,6 +77,43 @@ def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
     assert len([path for path in tmp_path.iterdir() if path.suffix == ".pt"]) == 4 * len(left) + 1
 
 
+def test_pruning_that_was_interrupted_is_made_up_for(tmp_path, monkeypatch):
+    """Killed after each of the files of step 1 that a new checkpoint makes superfluous."""
+    for removed in range(4):
+        folder, remove = tmp_path / str(removed), storage.remove
+        folder.mkdir()
+        saver = Saver(folder, keep=1)
+        saver.begin(1, files(1, 1))
+        saver.wait()
+        left = [removed]
+
+        def killed_after(path, left=left, remove=remove):
+            left[0] -= 1
+            if left[0] >= 0:
+                remove(path)
+
+        monkeypatch.setattr(storage, "remove", killed_after)
+        saver.begin(2, files(2, 2))
+        saver.wait()
+        monkeypatch.setattr(storage, "remove", remove)
+        assert len(list(folder.glob("*000001*"))) == 3 - removed
+        saver.begin(3, files(3, 3))
+        saver.wait()
+        assert not list(folder.glob("*000001*")) and checkpoint.steps_in(folder) == [3]
+
+
+def test_pruning_leaves_what_a_run_went_on_from_when_the_newest_was_damaged(tmp_path):
+    make_loop(tmp_path, max_steps=4, save_interval=1).run_loop()
+    for step in (3, 4):
+        (tmp_path / checkpoint.model_name(step)).write_bytes(b"damaged")
+    loop = make_loop(tmp_path, make_cimd(1), max_steps=3, keep_checkpoints=1)
+    loop.resume(tmp_path / checkpoint.model_name(2))
+    loop.saver.prune(loop.step)  # as the loop does first
+    assert checkpoint.steps_in(tmp_path) == [2, 3, 4]
+    loop.run_loop()
+    assert checkpoint.steps_in(tmp_path) == [3, 4] and not checkpoint.damages(tmp_path, 3)
+
+
 def test_older_checkpoints_stay_until_the_new_one_is_whole(tmp_path, monkeypatch):
     saver = Saver(tmp_path, keep=1)
     saver.begin(1, files(1, 1))
