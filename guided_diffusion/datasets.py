@@ -37,7 +37,7 @@ class Case(NamedTuple):
     masks: np.ndarray  # [R, H, W] bool, one per rater
 
 
-class _Files(NamedTuple):
+class CaseFiles(NamedTuple):
     name: str
     folder: Path
     images: list
@@ -219,10 +219,7 @@ def find_cases(data_dir):
                      if path.suffix.lower() not in SUFFIXES and path.is_symlink() and not path.exists()]
         if folder == root or (subfolders and not files):
             continue
-        images = [path for path in files if _kind(path) == "image"]
-        labels = [path for path in files if re.fullmatch(r"label\d+", _kind(path))]
-        labels.sort(key=lambda path: int(_kind(path)[5:]))
-        case = _Files("_".join(folder.relative_to(root).parts), folder, images, labels)
+        case = case_files("_".join(folder.relative_to(root).parts), folder, files)
         problems += _wrong_names(case)
         same = cases.setdefault(unicodedata.normalize("NFC", case.name), case)
         if same is not case:
@@ -232,6 +229,13 @@ def find_cases(data_dir):
         raise InputError(f"--data_dir {data_dir}: holds no case; each case is a folder with an image_<n>.jpg and"
                          f" label0_.jpg, label1_.jpg, ...")
     return sorted(cases.values(), key=lambda case: case.name)
+
+
+def case_files(name, folder, paths):
+    """The images and labels among the files of a case folder, in their order."""
+    labels = [path for path in paths if re.fullmatch(r"label\d+", _kind(path))]
+    return CaseFiles(name, folder, sorted(path for path in paths if _kind(path) == "image"),
+                     sorted(labels, key=lambda path: (int(_kind(path)[5:]), path)))
 
 
 def _wrong_names(case):

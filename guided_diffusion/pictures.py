@@ -52,7 +52,7 @@ def decode(path, formats=("JPEG", "PNG")):
             if _TURNED.search(picture.info.get("exif", b"")):
                 raise InputError(f"{path}: is stored turned or mirrored (EXIF orientation), so that scan and labels may"
                                  f" not lie on each other; save it upright, without that mark")
-            pixels, transparent = _pixels(picture), picture.has_transparency_data
+            pixels = pixels_of(picture, path)
     except InputError:
         raise
     except Image.DecompressionBombError:
@@ -63,7 +63,7 @@ def decode(path, formats=("JPEG", "PNG")):
         raise InputError(f"{path}: cannot be read ({reason}); replace it or remove its case") from None
     if pixels.dtype.kind == "f":
         raise InputError(f"{path}: holds floating-point numbers; write it with 8 or 16 bits")
-    return _without_alpha(pixels, path) if transparent and pixels.ndim == 3 else pixels
+    return pixels
 
 
 def format_of(path):
@@ -105,15 +105,19 @@ def _check_sums(data):
         place = end + 4
 
 
-def _pixels(picture):
-    """The array of a Pillow picture: [H, W], or with 2 (grey, alpha), 3 or 4 (RGB, alpha) channels last."""
+def pixels_of(picture, name):
+    """A Pillow picture as an array: [H, W] or [H, W, 3], uint8, uint16, or float32 for one of floating-point numbers.
+
+    For transparency see _without_alpha; `name` is what messages call the picture.
+    """
     if picture.mode == "F":
         return np.asarray(picture)
     if picture.mode.startswith("I"):  # 16-bit grey; Pillow holds some of it in 32 bits
         return np.asarray(picture).clip(0, 65535).astype(np.uint16)
     grey = picture.mode in ("1", "L", "LA")
-    return np.asarray(picture.convert(("LA" if grey else "RGBA") if picture.has_transparency_data else
-                                      "L" if grey else "RGB"))
+    if not picture.has_transparency_data:
+        return np.asarray(picture.convert("L" if grey else "RGB"))
+    return _without_alpha(np.asarray(picture.convert("LA" if grey else "RGBA")), name)
 
 
 def _without_alpha(pixels, path):
