@@ -3,7 +3,7 @@
     python benchmarks/lidc.py --train_dir LIDC/train --test_dir LIDC/val --preset cpu-32
 
 The folders are in the layout that segmentation_train.py reads. Everything goes to --results_dir: the checkpoints, the
-log, the scores (scores.csv, scores.json, scores.png, best.png, worst.png) and the row (table.md). Run again, it trains
+log, the scores (scores.csv, .json, .png, report.html, best.png, worst.png) and the row (table.md). Run again, it trains
 no further and scores anew, so another --sampler needs no other training.
 """
 

@@ -15,6 +15,7 @@ from . import dist_util, metrics, montage, storage
 from .errors import InputError
 from .sample_util import writing
 from .flags import parse_numbers
+from .report import page, pictures
 
 MODEL, RATERS, BACKGROUND = "model", "resampled raters", "all background"
 SHOWN = 4  # cases in best.png and in worst.png
@@ -28,6 +29,7 @@ class _Row(NamedTuple):
     members: int
     scores: dict  # (predictor, "all" or size of sub-ensembles) -> [S], in the order of metrics.SCORES
     calibration: np.ndarray  # [3, bins]
+    pictures: dict  # of report.pictures
 
 
 class Evaluation:
@@ -67,17 +69,17 @@ class Evaluation:
                     table[predictor, str(size)] = _as_row(metrics.scores(groups, y)).mean(0)
         table[BACKGROUND, "all"] = _as_row(metrics.scores(torch.zeros_like(y[:1]), y))
         calibration = metrics.Agreement(p, y).calibration().cpu().numpy()
-        self.rows.append(_Row(name, m, n, table, calibration))
+        self.rows.append(_Row(name, m, n, table, calibration, pictures(image, raters, predictions)))
         self.shown = _extremes([*self.shown, (float(table[MODEL, "all"][0]), name, image, raters, predictions)])
 
     def gather(self):
         """Bring together what all ranks scored, on every rank, in the order of names."""
         rows = [(*row[:3], {key: torch.from_numpy(values) for key, values in row.scores.items()},
-                 torch.from_numpy(row.calibration)) for row in self.rows]
+                 torch.from_numpy(row.calibration), row.pictures) for row in self.rows]
         shown = [(*case[:2], *map(torch.from_numpy, case[2:])) for case in self.shown]
         parts = dist_util.all_gather_objects((rows, shown))
-        rows = [_Row(*row, {key: values.numpy() for key, values in scores.items()}, calibration.numpy())
-                for rows, _ in parts for *row, scores, calibration in rows]
+        rows = [_Row(*row, {key: values.numpy() for key, values in scores.items()}, calibration.numpy(), pictures)
+                for rows, _ in parts for *row, scores, calibration, pictures in rows]
         self.rows = sorted(rows, key=lambda row: row.case)
         self.shown = _extremes((*case[:2], *(tensor.numpy() for tensor in case[2:]))
                                for _, shown in parts for case in shown)
@@ -112,7 +114,7 @@ class Evaluation:
         return summary
 
     def write(self, folder):
-        """Write scores.csv, scores.json, scores.png, best.png and worst.png; returns the summary.
+        """Write scores.csv, scores.json, scores.png, best.png, worst.png and report.html; returns the summary.
 
         :raises InputError: if a file cannot be written.
         """
@@ -125,6 +127,8 @@ class Evaluation:
             pages = [montage.case_montage(f"{case}, GED {ged:.3f}", image, raters, predictions, max_members=8)
                      for ged, case, image, raters, predictions in cases]
             files[name] = montage.png(montage.stack(pages))
+        files["report.html"] = page(self.rows, self.patients(), counted(summary), score_rows(summary),
+                                    files["scores.png"])
         for name, data in files.items():
             with writing(storage.join(folder, name)) as path:
                 storage.write_bytes(path, data)
@@ -144,13 +148,18 @@ class Evaluation:
 
 
 def score_table(summary):
-    """The summary as two tables in Markdown: every score with its interval beside the references', and the means of
-    sub-ensembles."""
+    """The tables of score_rows in Markdown."""
+    return "\n\n".join(map(markdown, score_rows(summary)))
+
+
+def score_rows(summary):
+    """The summary as tables, each a list of rows of words: every score with its interval beside the references', and
+    the means of sub-ensembles if there are any."""
     references = summary["references"]
     columns = {"model": summary["all"], **{name: references[name]["all"] for name in references}}
     rows = [["score", *columns]] + [[name, *(cell(scores[name]) for scores in columns.values())]
                                     for name in metrics.SCORES]
-    text = markdown(rows)
+    tables = [rows]
     sizes = [size for size in summary if size.isdigit()]
     if sizes:
         names = [name for name in metrics.SCORES if name != "rater_diversity"]
@@ -158,19 +167,24 @@ def score_table(summary):
         for size in sizes:
             rows += [[who, *(f"{scores[name]['mean']:.3f}" for name in names)] for who, scores in (
                 (size, summary[size]), (f"{size} {RATERS}", references[RATERS][size]))]
-        text += "\n\n" + markdown(rows)
-    return text
+        tables.append(rows)
+    return tables
 
 
-def report(summary, folder):
-    """What to print at the end: what was scored, the tables, the files."""
+def counted(summary):
+    """How many cases, patients, masks and raters were scored, in words."""
     def span(kind):
         low, high = summary[kind]
         return f"{low}" if low == high else f"{low} to {high}"
 
     return (f"{summary['cases']} cases of {summary['patients']} patients, {span('members')} masks and"
-            f" {span('raters')} raters a case; mean [95 % interval over patients]\n\n{score_table(summary)}\n\n"
-            f"written to {folder}: scores.csv, scores.json, scores.png, best.png, worst.png")
+            f" {span('raters')} raters a case")
+
+
+def report(summary, folder):
+    """What to print at the end: what was scored, the tables, the files."""
+    return (f"{counted(summary)}; mean [95 % interval over patients]\n\n{score_table(summary)}\n\n"
+            f"written to {folder}: scores.csv, scores.json, scores.png, best.png, worst.png, report.html")
 
 
 def cell(score):

@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 MARGIN, TITLE = 10, 22  # pixels
 FONT = ImageFont.load_default(15)
 # colour-blind-safe: the sequential map runs from dark blue to yellow, the outlines are Okabe and Ito's colours
-_MAP = np.array([[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]], float)
-_OUTLINES = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
+MAP = np.array([[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]], float)
+OUTLINES = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
 
 
 def case_montage(name, image, masks, ensemble, max_members=24):
@@ -98,14 +98,14 @@ def _grey(values, scale):
 
 def _tinted(mask, i, scale):
     """[H, W] bool -> [sH, sW, 3] uint8, foreground in the colour of outline i."""
-    return _enlarge(mask[..., None] * np.array(_OUTLINES[i % len(_OUTLINES)], np.uint8), scale)
+    return _enlarge(mask[..., None] * np.array(OUTLINES[i % len(OUTLINES)], np.uint8), scale)
 
 
 def _coloured(values, scale):
     """[H, W] in [0, 1] -> [sH, sW, 3] uint8."""
-    place = np.clip(values, 0, 1) * (len(_MAP) - 1)
-    low = np.minimum(place.astype(int), len(_MAP) - 2)
-    pixels = _MAP[low] + (place - low)[..., None] * (_MAP[low + 1] - _MAP[low])
+    place = np.clip(values, 0, 1) * (len(MAP) - 1)
+    low = np.minimum(place.astype(int), len(MAP) - 2)
+    pixels = MAP[low] + (place - low)[..., None] * (MAP[low + 1] - MAP[low])
     return _enlarge(pixels.round().astype(np.uint8), scale)
 
 
@@ -119,5 +119,5 @@ def _outlined(scan, masks, scale):
     for i, mask in enumerate(masks):
         inside = np.pad(_enlarge(mask, scale), 1)
         core = inside[1:-1, :-2] & inside[1:-1, 2:] & inside[:-2, 1:-1] & inside[2:, 1:-1]
-        pixels[inside[1:-1, 1:-1] & ~core] = _OUTLINES[i % len(_OUTLINES)]
+        pixels[inside[1:-1, 1:-1] & ~core] = OUTLINES[i % len(OUTLINES)]
     return pixels

@@ -9,6 +9,7 @@ a table and writes, into --output_dir:
     scores.json  means over cases, with 95 % bootstrap intervals over patients
     scores.png   how the scores are distributed, whether the probabilities are right, GED against number of masks
     best.png     the cases with the lowest GED; worst.png: those with the highest
+    report.html  all cases in one page, which needs no network: to sort, search and print; a click shows all masks
 
 Two predictors that need no model stand beside it: raters drawn with replacement from those of the case (about the best
 that can be measured with so few raters) and the empty mask. README.md says what each score means.

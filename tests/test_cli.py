@@ -182,7 +182,8 @@ def test_help_of_the_evaluation_mentions_its_flags_and_files_only(run):
         assert f" --{name} " in result.out or f" --{name}," in result.out, name
         if default not in ("", None, False, 0):
             assert f"(default: {default})" in words, name
-    assert all(name in words for name in ("scores.csv", "scores.json", "scores.png", "best.png", "worst.png"))
+    assert all(name in words for name in ("scores.csv", "scores.json", "scores.png", "best.png", "worst.png",
+                                        "report.html"))
 
 
 # ---- values that cannot be ----

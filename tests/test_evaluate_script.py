@@ -16,7 +16,7 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "segmentation_evaluate.py"
-FILES = ["best.png", "scores.csv", "scores.json", "scores.png", "worst.png"]
+FILES = ["best.png", "report.html", "scores.csv", "scores.json", "scores.png", "worst.png"]
 
 
 def save(path, pixels, **options):

@@ -295,7 +295,7 @@ def test_best_and_worst_show_scan_raters_and_the_first_eight_members(tmp_path):
     result = evaluated(cases.values())
     result.write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "scores.json", "scores.png", "best.png",
-                                                          "worst.png"}
+                                                          "worst.png", "report.html"}
     ged = {name: metrics.Agreement(case[3], case[2]).ged().item() for name, case in cases.items()}
     pages = [montage.case_montage(f"{name}, GED {ged[name]:.3f}", *cases[name][1:], max_members=8)
              for name in sorted(ged, key=ged.get)]
@@ -310,7 +310,7 @@ def test_report_tells_what_was_scored_and_where_it_is(ragged):
     summary = evaluated(ragged, sizes=[4]).summary()
     text = report(summary, "some/folder")
     assert text.startswith("5 cases of 3 patients, 5 to 9 masks and 2 to 5 raters a case")
-    assert "written to some/folder: scores.csv, scores.json, scores.png, best.png, worst.png" in text
+    assert "written to some/folder: scores.csv, scores.json, scores.png, best.png, worst.png, report.html" in text
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     first = lines.index(["members", *NAMES[:-1]])
     assert [line[0] for line in lines[2:first]] == NAMES and lines[0][1:] == ["model", "resampled raters",

@@ -527,7 +527,7 @@ def test_results_replace_links_and_never_follow_them(tmp_path, outside, trained,
     data, results = make_cases(tmp_path / "data", count=1), tmp_path / "results"
     results.mkdir()
     link_all(results, outside, [*sample_util.case_files("case0", 1), "scores.csv", "scores.json", "scores.png",
-                                "best.png", "worst.png"])
+                                "best.png", "worst.png", "report.html"])
     before = tree(outside)
     result = run("segmentation_sample.py", "--data_dir", data, "--results_dir", results, "--num_ensemble", 1,
                  "--model_path", trained / "savedmodel.pt", "--sampling_steps", 2)

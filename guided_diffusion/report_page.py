@@ -1,0 +1,222 @@
+"""The page of report.py: its HTML, a str.format template, its style and its script."""
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Scores of {count} cases</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<h1>Masks against raters</h1>
+<p>{counts}.<span id="place"></span></p>
+<h2>Means, with 95 % intervals over patients</h2>
+<div class="side">{tables}</div>
+<img class="figure" alt="distribution of scores, calibration, and GED against the number of masks"
+ src="data:image/png;base64,{figure}">
+<h2>Cases</h2>
+<p class="key">Outlines of what half or more mark:
+<span><svg width="22" height="10"><path d="M0 5H22" stroke="rgb{raters}" stroke-width="4"/></svg> of the raters</span>
+<span><svg width="22" height="10"><path d="M0 5H22" stroke="rgb{ensemble}" stroke-width="4"/></svg> of the masks</span>
+<span>both colours in turn: where the two meet</span></p>
+<p class="controls"><label>Filter by name <input type="search" id="filter" autocomplete="off"></label>
+<output id="found">{count} of {count}</output> <span>A heading sorts. A click on a row, or Enter, opens the case;
+<kbd>↑</kbd> <kbd>↓</kbd> move.</span></p>
+<table id="cases"><thead><tr><th scope="col"></th>{heads}</tr></thead>
+<tbody>
+{body}
+</tbody></table>
+<dialog aria-labelledby="name"><div class="bar"><button id="previous" title="left arrow">← previous</button>
+<button id="next" title="right arrow">next →</button><strong id="name"></strong><span id="position"></span>
+<button id="close" title="Esc">close</button></div><div id="view"></div></dialog>
+{cases}
+<script>{script}</script>
+</body>
+</html>
+"""
+
+STYLE = """
+body { margin: 1.5em 2em; color: #111; background: #fff; font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif }
+h1 { font-size: 1.5em; margin: 0 } h2 { font-size: 1.15em; margin: 1.4em 0 .5em } p { margin: .4em 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } #place { overflow-wrap: anywhere }
+td, th { padding: .2em .4em; text-align: right; border-bottom: 1px solid #ccc; font-weight: normal }
+tr > :first-child, #cases tr > :nth-child(-n+3) { text-align: left } .summary tr:first-child th { font-weight: 600 }
+.side, .key, .controls, .grid { display: flex; flex-wrap: wrap; gap: .5em 2em; align-items: start }
+.figure { display: block; width: 100%; max-width: 1500px; margin-top: 1em }
+#cases { width: 100%; font-size: .9em }
+#cases tbody th { overflow-wrap: anywhere; font-weight: 600; min-width: 10em }
+#cases thead th { position: sticky; top: 0; background: #eef2f5; padding: 0; vertical-align: bottom; z-index: 1 }
+thead button { font: inherit; font-weight: 600; width: 100%; padding: .4em; border: 0; background: none;
+  text-align: inherit; cursor: pointer; color: inherit }
+thead button::after { content: "\\a0↕"; color: #777 }
+[aria-sort=ascending] button::after { content: "\\a0▲"; color: #111 }
+[aria-sort=descending] button::after { content: "\\a0▼"; color: #111 } thead button:hover { background: #d8e2ea }
+#cases td:first-child { padding: 2px; width: 68px; height: 64px } img { vertical-align: middle }
+#cases tbody tr { cursor: pointer; scroll-margin-top: 4em } #cases tbody tr:hover { background: #f2f7fb }
+:focus-visible { outline: 3px solid #0072b2; outline-offset: -2px } kbd { border: 1px solid #999; padding: 0 .3em }
+dialog { width: 96vw; height: 94vh; max-width: none; max-height: none; box-sizing: border-box; border: 1px solid #777;
+  padding: 0 1.2em 1.2em; color: inherit } dialog::backdrop { background: #0008 }
+.bar { display: flex; gap: 1em; align-items: center; position: sticky; top: 0; background: #fff; padding: .8em 0 }
+.bar strong { font-size: 1.15em; overflow-wrap: anywhere } #close { margin-left: auto }
+.grid { gap: .8em; margin-bottom: .8em } figure { margin: 0 } figcaption { font-size: .87em }
+canvas { image-rendering: pixelated; border: 1px solid #aaa; display: block } .numbers { font-size: .87em }
+@page { size: A4 landscape; margin: 10mm }
+@media print { .controls, dialog, thead button::after { display: none !important } body { margin: 0; font-size: 8pt }
+  tr, .figure { break-inside: avoid } #cases thead th { position: static } td, th, thead button { padding: .1em .3em }
+  #cases img { width: 40px } #cases td:first-child { width: 44px; height: 40px } }
+"""
+
+SCRIPT = """
+"use strict";
+const map = MAP, colours = COLOURS;
+const $ = query => document.querySelector(query), body = $("#cases tbody"), box = $("dialog"), view = $("#view");
+const rows = [...body.rows], heads = [...$("#cases thead tr").cells];
+rows.forEach((row, i) => { row.dataset.i = i; row.tabIndex = -1; });
+let current = rows[0];
+
+// ---- the table ----
+const visible = () => [...body.rows].filter(row => !row.hidden);
+function choose(row, focus) {
+  current.tabIndex = -1; current = row; row.tabIndex = 0;
+  if (focus) { row.focus(); row.scrollIntoView({block: "nearest"}); }
+}
+choose(current);
+const words = new Intl.Collator("en", {numeric: true});
+heads.forEach((head, i) => head.firstChild?.addEventListener("click", () => {
+  const sign = head.ariaSort === "ascending" ? -1 : 1, numbers = rows.some(row => "v" in row.cells[i].dataset);
+  const key = row => numbers ? parseFloat(row.cells[i].dataset.v ?? "NaN") : row.cells[i].textContent;
+  const keyed = rows.map(row => [key(row), row]);
+  keyed.sort(([a], [b]) => !numbers ? sign * words.compare(a, b)
+    : isNaN(a) || isNaN(b) ? isNaN(a) - isNaN(b) : sign * (a - b));
+  body.append(...keyed.map(([_, row]) => row));
+  heads.forEach(other => { if (other.firstChild) other.ariaSort = "none"; });
+  head.ariaSort = sign > 0 ? "ascending" : "descending";
+  if (visible().length) choose(visible()[0]);
+}));
+$("#filter").addEventListener("input", event => {
+  const text = event.target.value.toLowerCase();
+  for (const row of rows) row.hidden = !row.cells[1].textContent.toLowerCase().includes(text);
+  const found = visible();
+  $("#found").textContent = `${found.length} of ${rows.length}`;
+  if (found.length) choose(found[0]);
+});
+body.addEventListener("click", event => {
+  if (!getSelection().toString()) open(event.target.closest("tr"));
+});
+body.addEventListener("keydown", event => {
+  const list = visible(), at = list.indexOf(current);
+  const to = {ArrowDown: at + 1, ArrowUp: at - 1, PageDown: at + 10, PageUp: at - 10, Home: 0,
+    End: list.length}[event.key];
+  if (event.key === "Enter" || event.key === " ") open(current);
+  else if (to === undefined) return;
+  else choose(list[Math.max(0, Math.min(to, list.length - 1))], true);
+  event.preventDefault();
+});
+
+// ---- a case ----
+function step(by) { const list = visible(), row = list[list.indexOf(current) + by]; if (row) open(row); }
+$("#previous").onclick = () => step(-1); $("#next").onclick = () => step(1); $("#close").onclick = () => box.close();
+box.addEventListener("keydown", event => {
+  const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+  if (by) { step(by); event.preventDefault(); }
+});
+box.addEventListener("close", () => choose(current, true));
+async function levels(png) { // [pixels] of a grey PNG, 0 to 255
+  const image = new Image(); image.src = "data:image/png;base64," + png; await image.decode();
+  const canvas = new OffscreenCanvas(image.width, image.height), context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  const rgba = context.getImageData(0, 0, image.width, image.height).data;
+  return Uint8Array.from({length: rgba.length / 4}, (_, i) => rgba[4 * i]);
+}
+function figure(caption, ...nodes) {
+  const element = document.createElement("figure"), text = document.createElement("figcaption");
+  text.textContent = caption;
+  element.append(...(caption ? [text] : []), ...nodes);
+  return element;
+}
+async function open(row) {
+  choose(row);
+  const list = visible(), c = JSON.parse(document.getElementById("case" + row.dataset.i).textContent);
+  $("#previous").disabled = row === list[0]; $("#next").disabled = row === list.at(-1);
+  if (!box.open) box.showModal();
+  const [scan, sprite, mean] = await Promise.all([c.image, c.masks, c.mean].map(levels));
+  if (row !== current) return; // another case was asked for meanwhile
+  $("#name").textContent = row.cells[1].textContent;
+  $("#position").textContent = `${list.indexOf(row) + 1} of ${list.length}`;
+  const w = c.width, h = c.height, n = w * h, zoom = side => Math.ceil(side / Math.max(w, h));
+  const masks = Array.from({length: sprite.length / n}, (_, i) => sprite.subarray(i * n, (i + 1) * n));
+  const raters = masks.slice(0, c.raters), members = masks.slice(c.raters);
+  function tile(caption, scale, colour, outlines = []) { // colour(i): [r, g, b] of pixel i
+    const canvas = document.createElement("canvas"), plain = new OffscreenCanvas(w, h), pixels = new ImageData(w, h);
+    for (let i = 0; i < n; i++) pixels.data.set([...colour(i), 255], 4 * i);
+    plain.getContext("2d").putImageData(pixels, 0, 0);
+    canvas.width = w * scale; canvas.height = h * scale; canvas.role = "img"; canvas.ariaLabel = caption;
+    const context = canvas.getContext("2d");
+    context.imageSmoothingEnabled = false; context.drawImage(plain, 0, 0, canvas.width, canvas.height);
+    outlines.forEach((mask, k) => {
+      context.fillStyle = `rgb(${colours[k % colours.length]})`;
+      const fill = (x, y, wide, high) => context.fillRect(x * scale, y * scale, wide, high);
+      for (let i = 0; i < n; i++) {
+        if (!mask[i]) continue;
+        const x = i % w, y = (i - x) / w, t = Math.min(scale, 2), rest = 1 - t / scale;
+        if (x === 0 || !mask[i - 1]) fill(x, y, t, scale);
+        if (x === w - 1 || !mask[i + 1]) fill(x + rest, y, t, scale);
+        if (y === 0 || !mask[i - w]) fill(x, y, scale, t);
+        if (y === h - 1 || !mask[i + w]) fill(x, y + rest, scale, t);
+      }
+    });
+    return figure(caption, canvas);
+  }
+  const grey = i => [scan[i], scan[i], scan[i]], tint = (mask, rgb) => i => mask[i] ? rgb : [0, 0, 0];
+  const ramp = share => { // share(i) in [0, 1]
+    const last = map.length - 1;
+    return i => { const at = Math.min(1, share(i)) * last, low = Math.min(Math.floor(at), last - 1);
+      return map[low].map((from, k) => from + (at - low) * (map[low + 1][k] - from)); };
+  };
+  const large = zoom(160), small = zoom(100);
+  const p = i => mean[i] / 255, votes = i => raters.reduce((sum, mask) => sum + (mask[i] > 0), 0) / raters.length;
+  const grid = parts => Object.assign(figure("", ...parts), {className: "grid"});
+  const shares = "share: violet 0, green 0.7, yellow 1", numbers = document.createElement("table"), s = c.scores;
+  numbers.className = "numbers";
+  for (const i of heads.keys()) if (i > 1 && row.cells[i].textContent) {
+    const line = numbers.insertRow(), name = document.createElement("th");
+    name.textContent = heads[i].textContent;
+    line.append(name);
+    line.insertCell().textContent = row.cells[i].textContent;
+  }
+  const ged = Array.from({length: c.members}, (_, k) =>
+    [k + 1, s.GED_unbiased + s.diversity / (k + 1) + s.rater_diversity / c.raters]);
+  const highest = Math.max(0.01, ...ged.map(([_, value]) => value));
+  const [count, predicted, observed] = c.calibration;
+  const bins = count.map((k, i) => [predicted[i] / k, observed[i] / k]).filter((_, i) => count[i]);
+  const notes = [c.members > members.length && `the first ${members.length} of ${c.members} masks`,
+    c.step > 1 && `one pixel of every ${c.step} x ${c.step}`].filter(Boolean).join("; ");
+  view.replaceChildren(
+    grid([tile("scan", large, grey), tile("raters' outlines", large, grey, raters),
+      tile("share of raters", large, ramp(votes)), tile("mean of all masks", large, ramp(p)),
+      tile("2 x spread", large, ramp(i => 2 * Math.sqrt(p(i) * (1 - p(i)))))]),
+    shares + (notes ? ". Shown: " + notes : ""),
+    grid(raters.map((mask, i) => tile(`rater ${i}`, small, tint(mask, colours[i % colours.length])))),
+    grid(members.map((mask, i) => tile(`mask ${i}`, small, tint(mask, [255, 255, 255])))),
+    grid([figure("scores", numbers), figure("expected GED against masks drawn", chart(ged, c.members, highest)),
+      figure("calibration: share of raters against share of masks", chart(bins, 1, 1, true))]));
+  box.scrollTop = 0;
+}
+function chart(points, right, top, diagonal) {
+  const x = v => 40 + 240 * (diagonal ? v : (v - 1) / Math.max(1, right - 1));
+  const y = v => 180 - 165 * Math.max(0, v) / top;
+  const at = points.map(([a, b]) => [x(a), y(b)]), template = document.createElement("template");
+  template.innerHTML = `<svg width="300" height="205" font-size="12" fill="#111"><path d="M40 15V180H280" fill="none"
+    stroke="#777"/>${diagonal ? '<path d="M40 180L280 15" stroke="#777" stroke-dasharray="4"/>' : ""}
+    <polyline points="${at.join(" ")}" fill="none" stroke="#0072b2" stroke-width="2"/>
+    ${at.map(([a, b]) => `<circle cx="${a}" cy="${b}" r="3" fill="#0072b2"/>`).join("")}
+    <text x="34" y="184" text-anchor="end">0</text><text x="34" y="20" text-anchor="end">${+top.toFixed(2)}</text>
+    <text x="40" y="198" text-anchor="middle">${diagonal ? 0 : 1}</text>
+    <text x="280" y="198" text-anchor="middle">${right}</text></svg>`;
+  return template.content;
+}
+$("#place").textContent = ` This page: ${decodeURI(location.pathname)}`; // last: throws if that is no UTF-8
+"""
