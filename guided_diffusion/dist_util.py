@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from datetime import timedelta
 
 import torch
@@ -65,13 +66,16 @@ def _join(timeout):
     apart = (f"the processes could not join at {where} within --dist_timeout {timeout:g} seconds; was each of them"
              f" started, with the same address?")
 
-    def give_up():
-        print(f"{sys.argv[0]}: error: {apart}", file=sys.stderr, flush=True)
-        os._exit(2)
+    joined = threading.Event()
 
-    alarm = threading.Timer(timeout + 5, give_up)  # for what has no timeout of its own
-    alarm.daemon = True
-    alarm.start()
+    def look_after():
+        end = time.monotonic() + timeout + 5  # for what has no timeout of its own
+        while not joined.wait(0.5):
+            if time.monotonic() > end or rank_watch.orphaned():
+                print(f"{sys.argv[0]}: error: {apart}", file=sys.stderr, flush=True)
+                os._exit(2)
+
+    threading.Thread(target=look_after, daemon=True).start()
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         # torchrun keeps its store when it starts the processes again, and with it the addresses of those before
@@ -83,7 +87,7 @@ def _join(timeout):
             raise InputError(f"--master_port: {where} is taken by another program; give another port") from None
         raise InputError(f"{apart} ({str(error).strip().splitlines()[0]})") from None
     finally:
-        alarm.cancel()
+        joined.set()
 
 
 def _launch(ngpu):

@@ -21,6 +21,14 @@ _LAUNCHED = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 PARENT = os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
 
 
+def orphaned():
+    """Whether the launcher of this process has died."""
+    if PARENT == 1:  # init took over before this module was read, or the launcher is process 1 of a container
+        with contextlib.suppress(OSError), open("/proc/1/cmdline", "rb") as file:
+            return b"python" not in file.read()
+    return PARENT is not None and os.getppid() != PARENT
+
+
 class _Fault(Exception):
     """What ends the run, in words; "" if it has been reported already."""
 
@@ -71,7 +79,7 @@ class RankWatch:
                 self._tell(self.state)
                 self._listen(time.monotonic() + self.tick)
                 self._judge()
-                if PARENT and os.getppid() != PARENT:  # the launcher was killed
+                if orphaned():
                     os.kill(os.getpid(), signal.SIGTERM)
                     self._closed.wait()
             self._tell(self.state)

@@ -287,6 +287,17 @@ def test_ranks_whose_launcher_was_killed_save_and_leave(background, make_cases, 
     assert checkpoint.steps_in(results)[-1] > 5
 
 
+@pytest.mark.parametrize("seconds", [1, 2.5, 4])
+def test_ranks_whose_launcher_is_killed_before_they_have_joined_leave(background, make_cases, tiny, tmp_path, seconds):
+    data, results = make_cases(tmp_path / "data"), tmp_path / "results"
+    run = background(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAIN,
+                     *endless(data, results, tiny))
+    wait_until(lambda: len(ranks_of(results)) == 2, "the start of the ranks")
+    time.sleep(seconds - 1)
+    run.kill()
+    wait_until(lambda: not ranks_of(results), "the end of the ranks", 40)
+
+
 def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_ends_as_if_nothing_had_happened(
         background, processes, make_cases, tiny, tmp_path):  # noqa: F811
     data = make_cases(tmp_path / "data", count=5, raters=3)
