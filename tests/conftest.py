@@ -3,6 +3,7 @@
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,24 @@ def environment():
     env = {name: value for name, value in os.environ.items() if name not in ("OPENAI_LOGDIR", "OMP_NUM_THREADS")}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env
+
+
+@pytest.fixture
+def processes(environment, tmp_path):
+    """processes(command) runs a command to its end in tmp_path; returns its code, out and err."""
+    def call(*command, **env):
+        # a session of its own: signals and leftovers stay within it
+        process = subprocess.Popen(list(map(str, command)), env={**environment, **env}, cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            pytest.fail(f"still running after {300} seconds: {command}")
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return call
 
 
 @pytest.fixture

@@ -72,24 +72,6 @@ def training(data, results, tiny, *flags):
             "--num_filters", "8,16", "--seed", 5, *tiny, "--learn_sigma", "True", *flags]
 
 
-@pytest.fixture
-def processes(environment, tmp_path):
-    """processes(command) runs a command to its end in tmp_path; returns its code, out and err."""
-    def call(*command, **env):
-        # a session of its own: signals and leftovers stay within it
-        process = subprocess.Popen(list(map(str, command)), env={**environment, **env}, cwd=tmp_path, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        try:
-            out, err = process.communicate(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            pytest.fail(f"still running after {PATIENCE} seconds: {command}")
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-    return call
-
-
 def launchers():
     launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"]
     return {"torch.distributed.launch": [*launch, TRAIN], "mpiexec": [MPIEXEC, "-n", 2, sys.executable, TRAIN],

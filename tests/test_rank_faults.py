@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import MODEL
-from test_distributed import MPIEXEC, PATIENCE, TRAIN, free_port, processes, read_until, training  # noqa: F401
+from test_distributed import MPIEXEC, PATIENCE, TRAIN, free_port, read_until, training
 from test_scripts import same_weights
 from test_train_util import WALL_CLOCK
 
@@ -172,7 +172,7 @@ def test_objects_of_other_ranks_run_no_code(start, tmp_path):
 
 # ---- wrong from the start, under the launchers ----
 
-def launch(processes, *flags_of_ranks, data="data"):  # noqa: F811
+def launch(processes, *flags_of_ranks):
     """mpiexec with other flags for each process; returns what was said."""
     command = [MPIEXEC]
     for flags in flags_of_ranks:
@@ -186,7 +186,7 @@ def launch(processes, *flags_of_ranks, data="data"):  # noqa: F811
     return lines[0]
 
 
-def test_flags_that_ranks_do_not_share_are_named(processes, make_cases, tiny, tmp_path):  # noqa: F811
+def test_flags_that_ranks_do_not_share_are_named(processes, make_cases, tiny, tmp_path):
     data = make_cases(tmp_path / "data")
     flags = training(data, "results", tiny, "--visdom_port", 0)
     line = launch(processes, flags, [*flags, "--batch_size", 2])
@@ -196,7 +196,7 @@ def test_flags_that_ranks_do_not_share_are_named(processes, make_cases, tiny, tm
     assert not (tmp_path / "results").exists()
 
 
-def test_a_rank_without_data_is_named(processes, make_cases, tiny, tmp_path):  # noqa: F811
+def test_a_rank_without_data_is_named(processes, make_cases, tiny, tmp_path):
     """Two machines, the second without the data: the same relative path from another folder."""
     make_cases(tmp_path / "data")
     (tmp_path / "elsewhere").mkdir()
@@ -271,7 +271,7 @@ def test_ngpu_passes_signals_on_and_leaves_with_a_code_to_requeue_on(background,
     assert checkpoint.steps_in(results)[-1] > 5 and not ranks_of(results)
 
 
-def test_ngpu_leaves_with_the_code_of_a_refusal_and_without_a_traceback(processes, tiny, tmp_path):  # noqa: F811
+def test_ngpu_leaves_with_the_code_of_a_refusal_and_without_a_traceback(processes, tiny, tmp_path):
     result = processes(sys.executable, TRAIN, "--ngpu", 2, *training("nowhere", "results", tiny))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.count("error: --data_dir nowhere: no such folder") == 1
@@ -299,7 +299,7 @@ def test_ranks_whose_launcher_is_killed_before_they_have_joined_leave(background
 
 
 def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_ends_as_if_nothing_had_happened(
-        background, processes, make_cases, tiny, tmp_path):  # noqa: F811
+        background, processes, make_cases, tiny, tmp_path):
     data = make_cases(tmp_path / "data", count=5, raters=3)
 
     def command(results, *more):
@@ -327,7 +327,7 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "progress.json").read_text().splitlines()]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(processes, run, make_cases, tiny, tmp_path):  # noqa: F811
+def test_a_run_goes_on_with_another_number_of_processes(processes, run, make_cases, tiny, tmp_path):
     """The same order of examples; two processes, then one, then two again end within rounding of one alone."""
     data = make_cases(tmp_path / "data", count=5, raters=[2, 1, 3, 2, 2])
 
