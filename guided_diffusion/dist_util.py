@@ -96,11 +96,11 @@ def _launch(ngpu):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    def stop(number, frame):
+    def pass_on(number, frame):
         raise SignalException(f"signal {number}", signal.Signals(number))
 
     if hasattr(signal, "SIGUSR1"):  # torchrun passes on the others by itself
-        signal.signal(signal.SIGUSR1, stop)
+        signal.signal(signal.SIGUSR1, pass_on)
     try:
         run(parse_args(["--standalone", f"--nproc_per_node={ngpu}", *sys.argv]))
     except SignalException as stop:
@@ -225,6 +225,7 @@ def all_ranks_or_none():
         yield
     except InputError as caught:
         error = caught
+        at(None)  # the others may take their time to get here
     messages = all_gather_objects(error and str(error))
     first = next((message for message in messages if message), None)
     if first:

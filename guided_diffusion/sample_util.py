@@ -287,5 +287,5 @@ def kept_masks(folder, case_name, shape, wanted):
         if kept["fingerprint"] != wanted or packed.shape != (shape[0], -(-pixels // 8)):
             return None
         return np.unpackbits(packed.numpy(), axis=1, count=pixels).astype(bool).reshape(shape)
-    except Exception:  # a damaged file, or one of another kind
+    except (InputError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # damaged, or another's
         return None

@@ -263,7 +263,7 @@ class TrainLoop:
         to gather.
         """
         self.bad_steps.check(self.data)
-        meters = dist_util.all_gather_objects(self.meter.state_dict()) if self.meter.examples else []
+        meters = dist_util.all_gather_objects(self.meter.state_dict()) if self.meter.sums else []
         if dist_util.rank() > 0:
             self.saver.last = self.step
             return

@@ -1,7 +1,6 @@
 """What a training loop keeps an eye on: its losses, the steps that went wrong, and signals to stop."""
 
 import contextlib
-import operator
 import signal
 import time
 
@@ -42,7 +41,7 @@ class Meter:
 
     def state_dict(self):
         """This rank's sums since the last reading."""
-        return {"sums": self.sums, "counts": self.counts, "examples": self.examples}
+        return {"sums": self.sums, "counts": self.counts}
 
     def load_state_dicts(self, states):
         """Go on from the sums of every rank of a run; if it had another number of ranks, the first takes them all."""
@@ -53,7 +52,6 @@ class Meter:
                 for name, total in state["sums"].items():
                     self.sums[name] = self.sums.get(name, 0) + total.to(self.device).reshape(4)
                 self.counts = self.counts + state["counts"].to(self.device).reshape(4)
-                self.examples += operator.index(state["examples"])
 
     def read(self, restart=True):
         """A dict of floats; starts anew, unless told to go on."""
