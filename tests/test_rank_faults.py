@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from test_distributed import MPIEXEC, PATIENCE, TRAIN, free_port, read_until, tr
 from test_scripts import same_weights
 from test_train_util import WALL_CLOCK
 
-from guided_diffusion import checkpoint, rank_watch, script_util
+from guided_diffusion import checkpoint, dist_util, rank_watch, script_util
+from guided_diffusion.errors import InputError
 
 WORKER = """
 import sys, time
@@ -147,6 +149,16 @@ def test_a_stranger_at_the_watchs_door_is_sent_away():
     for watch in watches:
         watch.close()
         assert not watch.found.is_set() and not watch._thread.is_alive()
+
+
+def test_a_rank_that_failed_may_wait_for_the_others(monkeypatch):
+    """Those may draw on for hours before they hear of it."""
+    places = []
+    monkeypatch.setattr(dist_util, "watch", SimpleNamespace(at=lambda place, doing="": places.append(place)))
+    with pytest.raises(InputError, match="disk full"), dist_util.all_ranks_or_none():
+        dist_util.at((3,), "drawing")
+        raise InputError("disk full")
+    assert places == [(3,), None]
 
 
 EVIL = """
