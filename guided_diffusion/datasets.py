@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
-from . import decoded_file, pictures
+from . import decoded_file, dist_util, pictures
 from .errors import InputError, raise_problems
+from .terminal import progress
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 FITS = ("error", "resize", "crop")
@@ -58,7 +58,7 @@ class SegmentationCases:
         aspect ratio) or "crop" (the central square).
     :param need_labels: False for scans nobody has outlined; cases without labels then have masks [0, H, W].
     :param limit: take the first cases only (0: all).
-    :param progress: show a bar while checking.
+    :param progress: show how far checking is. Of several processes, the one that writes the file shows it anyhow.
     :param skip_bad: keep the places of cases whose files are wrong rather than refuse the folder: reading such an item
         raises InputError, and `problems` says what is wrong with it, {number: message}; see `readable`.
     :raises InputError: naming everything that is wrong, file by file.
@@ -102,13 +102,13 @@ class SegmentationCases:
         image, masks = _NOTHING if self.decoded is None else self.decoded[i]
         return (image, masks) if len(image) else self._decode(self.cases[i])
 
-    def _decode_all(self, progress):
+    def _decode_all(self, shows):
         """Check every case; returns the decoded ones, None if they are not kept, and words for where they are."""
         sample = [self._attempt(files) for files in self.cases[::-(-len(self.cases) // 8)]]
         largest = max((sum(part.nbytes for part in case) for case in sample if not isinstance(case, str)), default=0)
         everything = range(len(self.cases))
         if largest * len(self.cases) <= MEMORY_BYTES:
-            return list(self._checked(everything, progress)), "in memory"
+            return list(self._checked(everything, shows)), "in memory"
         path, key = Path(self.data_dir, f".decoded_{self.image_size}_{self.fit}"), self._key()
         kept = f"decoded in {path}"
         with contextlib.suppress(OSError):
@@ -117,10 +117,11 @@ class SegmentationCases:
             with decoded_file.locked(path):
                 with contextlib.suppress(OSError):  # another process may have written it meanwhile
                     return self._decoded_file(path, key), kept
-                decoded_file.write(path, key, self._checked(everything, progress))
+                several = dist_util.world_size() > 1  # then it may be any of them that writes, while the others wait
+                decoded_file.write(path, key, self._checked(everything, shows or several, f"decoding into {path}"))
                 return decoded_file.DecodedFile(path, key), kept
         except OSError as error:
-            deque(self._checked(everything, progress), 0)
+            deque(self._checked(everything, shows), 0)
             return None, f"decoded at every visit: {path} cannot be written ({error.strerror or error})"
 
     def _key(self):
@@ -145,12 +146,12 @@ class SegmentationCases:
         deque(self._checked([i for i, (image, _) in enumerate(decoded) if not len(image)]), 0)
         return decoded
 
-    def _checked(self, numbers, progress=False):
+    def _checked(self, numbers, shows=False, doing=None):
         """Decode these cases on several threads and yield them, _NOTHING where one is wrong; all `problems` are raised
         at the end unless skip_bad."""
-        results = tqdm(read_ahead(self._attempt, [self.cases[i] for i in numbers]), f"checking {self.data_dir}",
-                       len(numbers), leave=False, disable=None if progress else True, unit=" cases")
-        for i, result in zip(numbers, results):
+        results = progress(read_ahead(self._attempt, [self.cases[i] for i in numbers]),
+                           doing or f"checking {self.data_dir}", len(numbers), "case", enabled=shows, leave=False)
+        for result, i in zip(results, numbers):
             if isinstance(result, str):
                 self.problems[i] = result
             yield _NOTHING if i in self.problems else result

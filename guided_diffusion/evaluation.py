@@ -6,12 +6,13 @@ import io
 import json
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from . import dist_util, metrics, montage, storage
+from . import dist_util, metrics, montage, storage, terminal
 from .errors import InputError
 from .sample_util import writing
 from .flags import parse_numbers
@@ -124,8 +125,8 @@ class Evaluation:
         files = {"scores.csv": self._csv().encode(), "scores.json": (json.dumps(summary, indent=1) + "\n").encode(),
                  "scores.png": score_figure(self.rows, self.patients(), summary)}
         for name, cases in (("best.png", self.shown[:SHOWN]), ("worst.png", self.shown[:-SHOWN - 1:-1])):
-            pages = [montage.case_montage(f"{case}, GED {ged:.3f}", image, raters, predictions, max_members=8)
-                     for ged, case, image, raters, predictions in cases]
+            pages = [montage.case_montage(case, image, raters, predictions, max_members=8)
+                     for _, case, image, raters, predictions in cases]
             files[name] = montage.png(montage.stack(pages))
         files["report.html"] = page(self.rows, self.patients(), counted(summary), score_rows(summary),
                                     files["scores.png"])
@@ -182,9 +183,15 @@ def counted(summary):
 
 
 def report(summary, folder):
-    """What to print at the end: what was scored, the tables, the files."""
+    """What to print at the end: what was scored, the tables, the files, and how to look at them."""
+    files = [(what, storage.join(folder, name)) for what, name in (
+        ("all cases, to look at", "report.html"), ("those of lowest GED", "best.png"),
+        ("those of highest GED", "worst.png"), ("charts", "scores.png"), ("every score", "scores.csv"),
+        ("means and intervals", "scores.json"))]
+    to_open = () if storage.is_remote(folder) else (
+        "python", "-m", "webbrowser", Path(files[0][1]).absolute().as_uri())
     return (f"{counted(summary)}; mean [95 % interval over patients]\n\n{score_table(summary)}\n\n"
-            f"written to {folder}: scores.csv, scores.json, scores.png, best.png, worst.png, report.html")
+            f"{terminal.summary('scores written', files, to_open)}")
 
 
 def cell(score):

@@ -18,10 +18,9 @@ The example data of this repository were made by
 
 import argparse
 
-from tqdm import tqdm
-
 from guided_diffusion.errors import InputError
 from guided_diffusion.phantoms import write_cases
+from guided_diffusion.terminal import progress
 
 
 def main(argv=None):
@@ -29,7 +28,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         folders = write_cases(args.output_dir, args.count, args.seed, args.size, args.num_raters, args.first_index,
-                              progress=lambda indices: tqdm(indices, unit="case", disable=None))
+                              progress=lambda indices: progress(indices, "making phantoms", unit="case"))
     except InputError as error:
         parser.exit(2, f"make_phantoms.py: error: {error}\n")
     except OSError as error:

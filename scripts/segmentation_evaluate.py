@@ -15,14 +15,13 @@ Two predictors that need no model stand beside it: raters drawn with replacement
 that can be measured with so few raters) and the empty mask. README.md says what each score means.
 """
 
-from tqdm.auto import tqdm
-
 from guided_diffusion import dist_util, storage
 from guided_diffusion.cli import run_script, start_script
 from guided_diffusion.datasets import find_cases, read_ahead
 from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
 from guided_diffusion.errors import InputError, raise_problems
 from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
+from guided_diffusion.terminal import progress
 
 
 def main():
@@ -48,13 +47,11 @@ def main():
             return case.name, str(error)
 
     mine = cases[rank::world_size]
-    with tqdm(total=len(mine), desc="scoring", unit=" cases", disable=None if rank == 0 else True) as bar:
-        for name, what in read_ahead(read, mine):
-            if isinstance(what, str):
-                problems.append(what)
-            else:
-                evaluation.add(name, *what)
-            bar.update()
+    for name, what in progress(read_ahead(read, mine), "scoring", len(mine), "case", enabled=rank == 0):
+        if isinstance(what, str):
+            problems.append(what)
+        else:
+            evaluation.add(name, *what)
     with dist_util.all_ranks_or_none():
         raise_problems(sum(dist_util.all_gather_objects(problems), []), args.samples_dir)
 

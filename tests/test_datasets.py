@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion import datasets, errors
+from guided_diffusion import datasets, dist_util, errors, terminal
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.decoded_file import DecodedFile
 from guided_diffusion.errors import InputError
@@ -470,6 +470,48 @@ def test_data_sets_up_to_the_limit_are_kept_in_memory(make_cases, tmp_path, monk
     for limit, kept in ((needed, "in memory"), (needed - 1, f"decoded in {tmp_path}")):
         monkeypatch.setattr(datasets, "MEMORY_BYTES", limit)
         assert SegmentationCases(tmp_path, SIZE).kept.startswith(kept)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """(what it says, cases counted) of every progress that is shown."""
+    shown = []
+
+    def record(iterable, desc, total, unit, enabled=True, leave=True):
+        count = 0
+        for count, item in enumerate(iterable, 1):
+            yield item
+        if enabled and total:
+            shown.append((desc, count, total, unit))
+
+    monkeypatch.setattr(datasets, "progress", record)
+    return shown
+
+
+def test_checking_and_writing_the_file_show_how_far_they_are(make_cases, tmp_path, open_large, bars):
+    make_cases(tmp_path, 9)
+    SegmentationCases(tmp_path, SIZE)
+    assert bars == []
+    SegmentationCases(tmp_path, SIZE, progress=True)
+    open_large(tmp_path, SIZE, progress=True)
+    open_large(tmp_path, SIZE, progress=True)  # which finds the file
+    assert bars == [(f"checking {tmp_path}", 9, 9, "case"),
+                    (f"decoding into {tmp_path / f'.decoded_{SIZE}_error'}", 9, 9, "case")]
+
+
+def test_of_several_processes_the_one_that_writes_shows_it(make_cases, tmp_path, open_large, bars, monkeypatch):
+    make_cases(tmp_path, 3)
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    open_large(tmp_path, SIZE)  # a rank above 0
+    open_large(tmp_path, SIZE, progress=True)
+    assert bars == [(f"decoding into {tmp_path / f'.decoded_{SIZE}_error'}", 3, 3, "case")]
+
+
+def test_long_checking_tells_every_case_in_the_end(make_cases, tmp_path, monkeypatch, capsys):
+    make_cases(tmp_path, 5)
+    monkeypatch.setattr(terminal, "FIRST", 0)
+    SegmentationCases(tmp_path, SIZE, progress=True)
+    assert f"checking {tmp_path}: 5 of 5 cases (100 %)" in capsys.readouterr().err
 
 
 def test_cases_in_memory_need_their_files_no_more(mixed, open_large):

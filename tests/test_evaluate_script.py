@@ -10,7 +10,7 @@ import pytest
 from helpers import refusal
 from PIL import Image
 
-from guided_diffusion import metrics, plots
+from guided_diffusion import metrics, plots, terminal
 from guided_diffusion.datasets import SegmentationCases, find_cases
 from guided_diffusion.errors import InputError
 from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
@@ -227,6 +227,15 @@ def test_masks_of_any_model_are_scored_by_their_pattern(evaluate, data, tmp_path
         expected = [score.item() for score in metrics.scores(np.stack(masks), case.masks).values()]
         assert row[0] == case.name and [float(cell) for cell in row[4:15]] == pytest.approx(expected, abs=1e-12)
     assert len(rows) == 3 and header[15] == "GED_2"
+
+
+def test_scoring_says_how_far_it_is_and_then_how_to_look_at_the_scores(evaluate, data, tmp_path, undrawn, monkeypatch):
+    monkeypatch.setattr(terminal, "FIRST", 0)
+    predict(data, tmp_path / "masks", 2)
+    result = evaluate()
+    assert result.err.splitlines()[-1].startswith("scoring: 3 of 3 cases (100 %)")
+    assert result.out.endswith(f"\npython -m webbrowser {(tmp_path / 'scores' / 'report.html').as_uri()}\n")
+    assert f"| means and intervals    {Path('scores', 'scores.json')}\n" in result.out
 
 
 def test_scores_go_beside_the_masks_by_default_and_again_over_the_old_ones(evaluate, data, tmp_path, undrawn):

@@ -5,7 +5,12 @@ import io
 import itertools
 import json
 import random
+import re
+import shlex
 import warnings
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -286,7 +291,7 @@ def test_best_and_worst_are_the_ends_of_the_order_by_ged(titles, undrawn, tmp_pa
     parts[0].gather()
     assert len(parts[0].shown) <= 8 and [row.case for row in parts[0].rows] == sorted(case[0] for case in cases)
     parts[0].write(tmp_path)
-    expected = [f"{name}, GED {ged:.3f}" for ged, name in order]
+    expected = [name for _, name in order]
     assert titles == [expected[:4], expected[::-1][:4]]
 
 
@@ -297,8 +302,7 @@ def test_best_and_worst_show_scan_raters_and_the_first_eight_members(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "scores.json", "scores.png", "best.png",
                                                           "worst.png", "report.html"}
     ged = {name: metrics.Agreement(case[3], case[2]).ged().item() for name, case in cases.items()}
-    pages = [montage.case_montage(f"{name}, GED {ged[name]:.3f}", *cases[name][1:], max_members=8)
-             for name in sorted(ged, key=ged.get)]
+    pages = [montage.case_montage(*cases[name], max_members=8) for name in sorted(ged, key=ged.get)]
     for name, expected in (("best.png", pages), ("worst.png", pages[::-1])):
         with Image.open(tmp_path / name) as picture:
             assert np.array_equal(np.asarray(picture), np.asarray(montage.stack(expected)))
@@ -306,12 +310,18 @@ def test_best_and_worst_show_scan_raters_and_the_first_eight_members(tmp_path):
 
 # ---- what is said ----
 
-def test_report_tells_what_was_scored_and_where_it_is(ragged):
+def test_report_tells_what_was_scored_and_where_it_is_and_how_to_look_at_it(ragged, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     summary = evaluated(ragged, sizes=[4]).summary()
-    text = report(summary, "some/folder")
+    text = report(summary, "some/folder of mine")
     assert text.startswith("5 cases of 3 patients, 5 to 9 masks and 2 to 5 raters a case")
-    assert "written to some/folder: scores.csv, scores.json, scores.png, best.png, worst.png, report.html" in text
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    files = re.findall(r"some/folder of mine/([a-z.]+)$", text, re.M)
+    assert sorted(files) == ["best.png", "report.html", "scores.csv", "scores.json", "scores.png", "worst.png"]
+    *_, opens, url = shlex.split(text.splitlines()[-1])
+    assert opens == "webbrowser"
+    assert Path(url2pathname(urlsplit(url).path)) == tmp_path / "some/folder of mine/report.html"
+    assert "webbrowser" not in report(summary, "gs://bucket/folder")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[-1:] == "|"]
     first = lines.index(["members", *NAMES[:-1]])
     assert [line[0] for line in lines[2:first]] == NAMES and lines[0][1:] == ["model", "resampled raters",
                                                                               "all background"]

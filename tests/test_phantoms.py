@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from guided_diffusion import terminal
 from guided_diffusion.errors import InputError
 from guided_diffusion.phantoms import CHOICES, choice_probabilities, load_truth, make_phantom, write_case, write_cases
 
@@ -193,6 +194,13 @@ def test_script_adds_cases_beside_other_files(script, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "phantom-000000", "phantom-000001"]
     names = sorted(path.name for path in (tmp_path / "phantom-000001").iterdir())
     assert names == ["image_1.jpg", "label0_.jpg", "label1_.jpg", "label2_.jpg", "truth.npz"]
+
+
+def test_script_says_how_far_it_is(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "FIRST", 0)
+    script(["--output_dir", str(tmp_path), "--count", "2", "--size", "32"])
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("making phantoms: 2 of 2 cases (100 %)") and out.startswith("2 cases in ")
 
 
 @pytest.mark.parametrize("flags", [["--count", "0"], ["--size", "100"], ["--num_raters", "0"], ["--seed", "-1"],
