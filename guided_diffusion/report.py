@@ -16,7 +16,7 @@ MEMBERS = 16  # of a case that the page holds
 SIDE = 256  # pixels; larger pictures are thinned out to at most this
 THUMBNAIL = 64  # pixels
 _GREYS = 48  # levels in a thumbnail
-_RATERS, _ENSEMBLE = (230, 159, 0), (86, 180, 233)  # its outlines, of Okabe and Ito's colours
+_RATERS = montage.OUTLINES[0]  # the colour of all of them together
 
 
 def pictures(image, raters, predictions):
@@ -53,7 +53,7 @@ def _thumbnail(grey, raters, ensemble):
     pixels[edges[0] & (dashes | ~edges[1])] = _GREYS
     picture = Image.fromarray(pixels)
     levels = np.linspace(0, 255, _GREYS).round().astype(int)
-    picture.putpalette([int(value) for level in levels for value in [level] * 3] + [*_RATERS, *_ENSEMBLE])
+    picture.putpalette([int(value) for level in levels for value in [level] * 3] + [*_RATERS, *montage.ENSEMBLE])
     return _png(picture)
 
 
@@ -70,7 +70,9 @@ def page(rows, patients, counts, tables, figure):
     :param tables: of the summary, each a list of rows of words with the head first.
     :param figure: bytes of the PNG of plots.score_figure.
     """
-    script = SCRIPT.replace("MAP", json.dumps(montage.MAP.tolist())).replace("COLOURS", json.dumps(montage.OUTLINES))
+    script = SCRIPT
+    for word, value in (("MAP", montage.MAP.tolist()), ("COLOURS", montage.OUTLINES), ("ENSEMBLE", montage.ENSEMBLE)):
+        script = script.replace(word, json.dumps(value))
     sizes = sorted({size for row in rows for _, size in row.scores if size != "all"}, key=int)
     names = [*SCORES, *(f"GED_{size}" for size in sizes)]
     heads = "".join(f'<th scope="col" aria-sort="{"ascending" if name == "case" else "none"}"><button>'
@@ -83,7 +85,7 @@ def page(rows, patients, counts, tables, figure):
               f" base-uri 'none'; form-action 'none'")
     text = PAGE.format(policy=policy, style=STYLE, script=script, counts=html.escape(counts), count=len(rows),
                         tables="".join(map(_table, tables)), figure=base64.b64encode(figure).decode(), heads=heads,
-                        body=body, cases=cases, raters=_RATERS, ensemble=_ENSEMBLE)
+                        body=body, cases=cases, raters=_RATERS, ensemble=montage.ENSEMBLE)
     return text.encode(errors="xmlcharrefreplace")
 
 

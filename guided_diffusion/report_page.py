@@ -63,6 +63,9 @@ dialog { width: 96vw; height: 94vh; max-width: none; max-height: none; box-sizin
 .bar strong { font-size: 1.15em; overflow-wrap: anywhere } #close { margin-left: auto }
 .grid { gap: .8em; margin-bottom: .8em } figure { margin: 0 } figcaption { font-size: .87em }
 canvas { image-rendering: pixelated; border: 1px solid #aaa; display: block } .numbers { font-size: .87em }
+.scale { display: block; padding: 3px 1px; box-sizing: border-box }
+.overview { flex-wrap: nowrap } .overview figure { flex: 0 1 auto }
+.overview :is(canvas, svg) { width: 100%; height: auto; image-rendering: auto; box-sizing: border-box }
 @page { size: A4 landscape; margin: 10mm }
 @media print { .controls, dialog, thead button::after { display: none !important } body { margin: 0; font-size: 8pt }
   tr, .figure { break-inside: avoid } #cases thead th { position: static } td, th, thead button { padding: .1em .3em }
@@ -71,7 +74,7 @@ canvas { image-rendering: pixelated; border: 1px solid #aaa; display: block } .n
 
 SCRIPT = """
 "use strict";
-const map = MAP, colours = COLOURS;
+const map = MAP, colours = COLOURS, sky = [ENSEMBLE];
 const $ = query => document.querySelector(query), body = $("#cases tbody"), box = $("dialog"), view = $("#view");
 const rows = [...body.rows], heads = [...$("#cases thead tr").cells];
 rows.forEach((row, i) => { row.dataset.i = i; row.tabIndex = -1; });
@@ -149,7 +152,8 @@ async function open(row) {
   const w = c.width, h = c.height, n = w * h, zoom = side => Math.ceil(side / Math.max(w, h));
   const masks = Array.from({length: sprite.length / n}, (_, i) => sprite.subarray(i * n, (i + 1) * n));
   const raters = masks.slice(0, c.raters), members = masks.slice(c.raters);
-  function tile(caption, scale, colour, outlines = []) { // colour(i): [r, g, b] of pixel i
+  // colour(i): [r, g, b] of pixel i; most: end of a colour bar
+  function tile(caption, scale, colour, {outlines = [], of = colours, most} = {}) {
     const canvas = document.createElement("canvas"), plain = new OffscreenCanvas(w, h), pixels = new ImageData(w, h);
     for (let i = 0; i < n; i++) pixels.data.set([...colour(i), 255], 4 * i);
     plain.getContext("2d").putImageData(pixels, 0, 0);
@@ -157,7 +161,7 @@ async function open(row) {
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = false; context.drawImage(plain, 0, 0, canvas.width, canvas.height);
     outlines.forEach((mask, k) => {
-      context.fillStyle = `rgb(${colours[k % colours.length]})`;
+      context.fillStyle = `rgb(${of[k % of.length]})`;
       const fill = (x, y, wide, high) => context.fillRect(x * scale, y * scale, wide, high);
       for (let i = 0; i < n; i++) {
         if (!mask[i]) continue;
@@ -168,7 +172,7 @@ async function open(row) {
         if (y === h - 1 || !mask[i + w]) fill(x, y + rest, scale, t);
       }
     });
-    return figure(caption, canvas);
+    return most ? figure(caption, canvas, bar(canvas.width, most)) : figure(caption, canvas);
   }
   const grey = i => [scan[i], scan[i], scan[i]], tint = (mask, rgb) => i => mask[i] ? rgb : [0, 0, 0];
   const ramp = share => { // share(i) in [0, 1]
@@ -176,10 +180,19 @@ async function open(row) {
     return i => { const at = Math.min(1, share(i)) * last, low = Math.min(Math.floor(at), last - 1);
       return map[low].map((from, k) => from + (at - low) * (map[low + 1][k] - from)); };
   };
+  function bar(wide, most) {
+    const template = document.createElement("template"), step = wide / 64, place = `y="21" text-anchor=`;
+    template.innerHTML = `<svg class="scale" width="${wide}" height="24" viewBox="0 0 ${wide} 24" font-size="12"
+      fill="#111" role="img" aria-label="colours from 0 to ${most}">${Array.from({length: 64}, (_, k) =>
+        `<rect x="${k * step}" width="${step + 1}" height="9" fill="rgb(${ramp(() => k / 63)(0).map(Math.round)})"/>`
+      ).join("")}<text x="0" ${place}"start">0</text><text x="${wide / 2}" ${place}"middle">${most / 2}</text>
+      <text x="${wide}" ${place}"end">${most}</text></svg>`;
+    return template.content;
+  }
   const large = zoom(160), small = zoom(100);
   const p = i => mean[i] / 255, votes = i => raters.reduce((sum, mask) => sum + (mask[i] > 0), 0) / raters.length;
-  const grid = parts => Object.assign(figure("", ...parts), {className: "grid"});
-  const shares = "share: violet 0, green 0.7, yellow 1", numbers = document.createElement("table"), s = c.scores;
+  const grid = (parts, more = "") => Object.assign(figure("", ...parts), {className: "grid " + more});
+  const numbers = document.createElement("table"), s = c.scores;
   numbers.className = "numbers";
   for (const i of heads.keys()) if (i > 1 && row.cells[i].textContent) {
     const line = numbers.insertRow(), name = document.createElement("th");
@@ -195,10 +208,12 @@ async function open(row) {
   const notes = [c.members > members.length && `the first ${members.length} of ${c.members} masks`,
     c.step > 1 && `one pixel of every ${c.step} x ${c.step}`].filter(Boolean).join("; ");
   view.replaceChildren(
-    grid([tile("scan", large, grey), tile("raters' outlines", large, grey, raters),
-      tile("share of raters", large, ramp(votes)), tile("mean of all masks", large, ramp(p)),
-      tile("2 x spread", large, ramp(i => 2 * Math.sqrt(p(i) * (1 - p(i)))))]),
-    shares + (notes ? ". Shown: " + notes : ""),
+    grid([tile("scan", large, grey), tile("raters' outlines", large, grey, {outlines: raters}),
+      tile("share of raters", large, ramp(votes), {most: 1}),
+      tile("outline of half of the masks", large, grey, {outlines: [mean.map(v => v > 127)], of: sky}),
+      tile("probability: share of the masks", large, ramp(p), {most: 1}),
+      tile("spread (std)", large, ramp(i => 2 * Math.sqrt(p(i) * (1 - p(i)))), {most: 0.5})], "overview"),
+    notes && "Shown: " + notes,
     grid(raters.map((mask, i) => tile(`rater ${i}`, small, tint(mask, colours[i % colours.length])))),
     grid(members.map((mask, i) => tile(`mask ${i}`, small, tint(mask, [255, 255, 255])))),
     grid([figure("scores", numbers), figure("expected GED against masks drawn", chart(ged, c.members, highest)),

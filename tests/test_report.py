@@ -5,14 +5,11 @@ import csv
 import io
 import json
 import re
-import shutil
-import subprocess
-import time
-import urllib.request
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browser import start
 from PIL import Image
 
 from guided_diffusion import checkpoint, dist_util, metrics, montage, plots, report
@@ -156,78 +153,9 @@ def test_pictures_of_two_processes_make_the_page_of_one(written, monkeypatch, tm
 
 # ---- in a browser ----
 
-class Browser:
-    """Headless Chromium, spoken to by its DevTools protocol."""
-
-    CODES = {"Enter": 13, "Escape": 27, " ": 32, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9}
-
-    def __init__(self, program, folder):
-        import websocket
-
-        self.process = subprocess.Popen(
-            [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             "--disable-sync", "--no-first-run", "--window-size=1500,1000", f"--user-data-dir={folder}",
-             "--remote-debugging-port=0", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port, deadline = folder / "DevToolsActivePort", time.monotonic() + 30
-        while not port.exists() or "\n" not in port.read_text():
-            assert time.monotonic() < deadline and self.process.poll() is None, "the browser does not start"
-            time.sleep(0.05)
-        self.address = f"http://127.0.0.1:{port.read_text().split()[0]}/json/list"
-        pages = json.load(urllib.request.urlopen(self.address, timeout=30))
-        url = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
-        self.socket, self.sent, self.requests = websocket.create_connection(url, 30, suppress_origin=True), 0, []
-        self.call("Network.enable")
-
-    def call(self, method, **params):
-        self.sent += 1
-        self.socket.send(json.dumps({"id": self.sent, "method": method, "params": params}))
-        while True:
-            message = json.loads(self.socket.recv())
-            if message.get("method") == "Network.requestWillBeSent":
-                self.requests.append(message["params"]["request"]["url"])
-            if message.get("id") == self.sent:
-                assert "error" not in message, message
-                return message["result"]
-
-    def ask(self, expression):
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def wait(self, expression):
-        deadline = time.monotonic() + 20
-        while not self.ask(expression):
-            assert time.monotonic() < deadline, expression
-            time.sleep(0.02)
-
-    def press(self, key):
-        text = {"Enter": {"text": "\r"}, " ": {"text": " "}}.get(key, {})
-        for kind, more in (("keyDown", text), ("keyUp", {})):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code="Space" if key == " " else key,
-                      windowsVirtualKeyCode=self.CODES[key], **more)
-
-    def click(self, selector):
-        x, y = self.ask(f"new Promise(tell => {{ const e = document.querySelector({json.dumps(selector)});"
-                        f" e.scrollIntoView({{block: 'center'}});"
-                        f" requestAnimationFrame(() => requestAnimationFrame(() => {{"  # when it is on the screen
-                        f" const b = e.getBoundingClientRect();"
-                        f" tell([b.x + b.width / 2, b.y + b.height / 2]); }})); }})")
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def close(self):
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait(30)
-
-
 @pytest.fixture
 def browser(tmp_path):
-    pytest.importorskip("websocket", reason="needs websocket-client to speak to a browser")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium is installed")
-    result = Browser(program, tmp_path / "profile")
+    result = start(tmp_path / "profile")
     yield result
     result.close()
 
@@ -241,8 +169,8 @@ def test_300_cases_are_sorted_searched_and_opened_by_keyboard_and_nothing_is_req
     geds = np.array([row.scores["model", "all"][0] for row in rows])
     file = tmp_path / "report.html"
     file.write_bytes(report.page(rows, ["p"] * 300, "words", [[["score", "model"], ["GED", "0.5"]]], DOT))
-    browser.call("Page.navigate", url=file.as_uri())
-    browser.wait("document.readyState === 'complete' && !!document.querySelector('#place')?.textContent")
+    browser.open(file.as_uri())
+    browser.wait("!!document.querySelector('#place')?.textContent")
     names = "[...document.querySelectorAll('#cases tbody tr:not([hidden])')].map(row => row.cells[1].textContent)"
     sort = "document.querySelectorAll('#cases thead th')[5].ariaSort"
     shown = "document.querySelector('#name').textContent"
@@ -258,7 +186,15 @@ def test_300_cases_are_sorted_searched_and_opened_by_keyboard_and_nothing_is_req
     browser.ask("document.querySelector('#cases tbody tr').focus()")
     browser.press("ArrowDown")
     browser.press("Enter")
-    browser.wait(f"{is_open} === 5 + 3 + 16")  # of 20 masks
+    browser.wait(f"{is_open} === 6 + 3 + 16")  # of 20 masks
+    tops = browser.ask("[...document.querySelectorAll('.overview canvas')].map(e => e.getBoundingClientRect().top)")
+    assert len(tops) == 6 and len(set(tops)) == 1  # in one row
+    scales = browser.ask("[...document.querySelectorAll('svg.scale')].map(e =>"
+                         " [[...e.querySelectorAll('text')].map(text => text.textContent),"
+                         " e.querySelector('rect').getAttribute('fill'),"
+                         " e.querySelector('rect:last-of-type').getAttribute('fill')])")
+    assert scales == [[[*words], "rgb(68,1,84)", "rgb(253,231,37)"] for words in (
+        ("0", "0.5", "1"), ("0", "0.5", "1"), ("0", "0.25", "0.5"))]
     assert browser.ask(shown) == f"case{geds.argsort()[1]}"
     assert "the first 16 of 20 masks" in browser.ask("document.querySelector('#view').textContent")
     browser.press("ArrowRight")
