@@ -14,6 +14,6 @@ setup(
     install_requires=["torch>=2.6", "numpy", "scipy", "pillow>=10.1", "matplotlib>=3.10", "tqdm", "blobfile", "visdom"],
     extras_require={
         "mpi": ["mpi4py", "mpich"],  # mpich brings libmpi and mpiexec; leave it away where MPI is installed
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "nbclient", "ipykernel"],
     },
 )
