@@ -1,5 +1,6 @@
 # make demo: train a small model for a few minutes, draw and score ensembles for data/testing. make test: run the tests.
-# Both install what they need into .venv first. Another Python: make demo PYTHON=python3.12
+# make visdom: the server for the live view of runs, http://localhost:8097.
+# They install what they need into .venv first. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,13 +15,13 @@ DEMO_FLAGS := --image_size 64 --fit crop --image_channels 1 --num_channels 32 --
   --num_heads 1 --attention_resolutions 8 --num_filters 8,16,32 --predict_xstart True --noise_schedule cosine \
   --lr 1e-3 --lr_anneal_steps 1200 --batch_size 4 --ema_rate 0.99 --use_bf16 $(BF16)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint visdom clean
 
 # phantoms are made on the spot: the 24 example cases alone would be learnt by heart
 demo: .venv/installed
 	$(BIN)/python scripts/make_phantoms.py --output_dir $(DEMO)/training --count 2000 --seed 1
 	mkdir -p $(DEMO)/training/example && cp -r data/training/. $(DEMO)/training/example
-	$(BIN)/python scripts/segmentation_train.py --data_dir $(DEMO)/training --results_dir $(DEMO) $(DEMO_FLAGS)
+	$(BIN)/python scripts/segmentation_train.py --data_dir $(DEMO)/training --results_dir $(DEMO) $(DEMO_FLAGS) --sample_interval 300
 	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path $(DEMO)/emasavedmodel_0.99_001200.pt \
 	  --results_dir $(DEMO) --fit crop --num_ensemble 16 --batch_size auto --sampler best --use_bf16 $(BF16)
 	$(BIN)/python scripts/segmentation_evaluate.py --data_dir data/testing --samples_dir $(DEMO) --fit crop
@@ -30,6 +31,9 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+
+visdom: .venv/installed
+	$(BIN)/python -m guided_diffusion.visdom_server
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'

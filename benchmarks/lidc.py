@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common import fast_bf16, load_sampler, run_script
 from guided_diffusion import checkpoint, storage

@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common import fast_bf16, load_sampler, run_script
 from guided_diffusion import checkpoint, metrics, phantoms, storage

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from guided_diffusion import metrics
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from guided_diffusion import (
     datasets, evaluation, phantoms, plots, resample, samplers, script_util, storage, training_data,
@@ -254,7 +254,7 @@ def measure_training(args):
         """A TrainLoop; given an order of memory, with that and with AdamW as the published code calls it."""
         model, diffusion = build(args)
         cimd = CIMD(diffusion, model, *script_util.create_encoders(), kl_weight=1e-3).to(DEVICE).train()
-        made = TrainLoop(cimd=cimd, data=None, batch_size=n, monitor=None, dtype=dtype,
+        made = TrainLoop(cimd=cimd, data=None, batch_size=n, dtype=dtype,
                          schedule_sampler=resample.UniformSampler(diffusion.num_timesteps), results_dir="")
         if order is not None:
             for module in (cimd, *made.ema.values()):

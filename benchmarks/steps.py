@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common import load_sampler
 from guided_diffusion import checkpoint, metrics, phantoms, storage

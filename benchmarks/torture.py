@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common import ROOT
 from guided_diffusion import checkpoint, phantoms, script_util, storage
@@ -51,8 +51,9 @@ TRAINING = dict(MODEL, diffusion_steps=4, noise_schedule="cosine", num_filters="
                 batch_size=4, ema_rate="0.9,0.99", schedule_sampler="loss-second-moment", log_interval=4,
                 max_steps=STEPS)
 SAMPLING = dict(num_ensemble=3, batch_size=4)
-NOT_COMPARED = {"log.txt", "progress.csv", "progress.json", "tensorboard", "flags.json"}  # they hold times and paths
-WALL_CLOCK = {"seconds", "images_per_second", "waiting_for_data"}
+# they hold times and paths
+NOT_COMPARED = {"log.txt", "progress.csv", "progress.json", "progress.png", "tensorboard", "flags.json"}
+WALL_CLOCK = {"seconds", "images_per_second", "waiting_for_data", "memory_gb"}
 RUN_SECONDS, LEAVE_SECONDS = 300, 60  # until a run counts as hanging; until what a kill left alive does
 DIST_TIMEOUT = 10
 REFERENCE = threading.Lock()

@@ -3,23 +3,26 @@
 import argparse
 import difflib
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
 from . import dist_util, storage
 from .errors import InputError
 from .flags import FLAGS, check_value, defaults, parse_numbers
+from .monitor import split_address
 from .script_util import choose_sampler
 
 # the groups of flags that a script takes
 JOBS = {
-    "training": ("model", "encoders", "diffusion", "training", "speed", "files and processes", "results"),
-    "sampling": ("model", "diffusion", "sampling", "speed", "files and processes", "results"),
+    "training": ("model", "encoders", "diffusion", "training", "speed", "files and processes", "results", "visdom"),
+    "sampling": ("model", "diffusion", "sampling", "speed", "files and processes", "results", "visdom"),
     "evaluation": ("evaluation", "files and processes"),
+    "replay": ("replay", "visdom"),
 }
 _GROUP_TITLES = {
     "model": "the U-Net", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
-    "diffusion": "the diffusion process",
+    "diffusion": "the diffusion process", "visdom": "the live view",
 }
 
 
@@ -66,7 +69,7 @@ def _parser(job, description):
 def parse_flags(job, description, argv=None):
     """Read the command line of a script.
 
-    :param job: "training", "sampling" or "evaluation".
+    :param job: one of JOBS.
     :returns: all flags as a namespace, and the dict of those that were given.
     :raises InputError: for a flag that does not exist, naming the nearest that does, or a bad value.
     """
@@ -124,12 +127,26 @@ def _check_ranges(job, args, given):
         raise InputError(f"--microbatch {args.microbatch}: must be at least 1, or -1 for whole batches")
     if values.get("class_cond"):
         raise InputError("--class_cond True: cases hold no class labels; use create_model(class_cond=True) from Python")
+    if values.get("visdom_server"):
+        split_address(args.visdom_server, args.visdom_port)
+        if args.visdom == "start":
+            raise InputError("--visdom start and --visdom_server: choose one; a server is started on this machine only")
+    if values.get("visdom") == "start" and args.visdom_port == 0:
+        raise InputError("--visdom start and --visdom_port 0: choose one")
     if values.get("use_fp16") and values.get("use_bf16"):
         raise InputError("--use_fp16 and --use_bf16: choose one")
     if "ema_rate" in values:
         rates = parse_numbers(float, args.ema_rate, "ema_rate")
         if not rates or not all(0 <= rate < 1 for rate in rates):
             raise InputError(f"--ema_rate {args.ema_rate}: every rate must be at least 0 and below 1")
+
+
+def command(script, flags):
+    """The words that run another script, beside this one, as this one was run."""
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    if python.startswith(os.getcwd() + os.sep):
+        python = os.path.relpath(python)
+    return [python, os.path.join(os.path.dirname(sys.argv[0]), script), *flags]
 
 
 def results_folder(args):

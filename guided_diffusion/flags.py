@@ -79,6 +79,12 @@ FLAGS = [
     Flag("ema_rate", str, "0.9999", "rates of the moving averages of the weights, separated by commas", "training"),
     Flag("log_interval", int, 100, "steps between lines of the log", "training", least=1),
     Flag("save_interval", int, 5000, "steps between checkpoints", "training", least=1),
+    Flag("sample_interval", int, 1000, "steps between drawings of a few validation cases, to look at in panel.png and"
+         " on Visdom (0: never)", "training", least=0),
+    Flag("val_dir", str, "", "folder of cases as in data_dir that training does not see: those drawn every"
+         " sample_interval steps are of it, and are scored (default: cases of data_dir, not scored)", "training"),
+    Flag("val_cases", int, 16, "cases of val_dir to draw 16 masks for and score, spread evenly over all", "training",
+         least=1),
     Flag("keep_checkpoints", int, 0, "checkpoints to leave in the results folder, the newest ones (0: all)", "training",
          least=0),
     Flag("save_patience", int, 3, "go on training while nothing can be saved, for so many save intervals", "training",
@@ -146,7 +152,16 @@ FLAGS = [
 
     Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
          " $OPENAI_LOGDIR, else ./results)", "results"),
-    Flag("visdom_port", int, 8097, "port of the Visdom server to draw on (0: none)", "results", least=0, most=65535),
+    Flag("visdom_env", str, "", "name of the run on Visdom's page (default: that of the results folder)", "results"),
+    Flag("results_dir", str, "", "results folder with the visdom.log to show (default: $OPENAI_LOGDIR, else ./results)",
+         "replay"),
+
+    Flag("visdom", ("connect", "start"), "connect", "draw on the Visdom server on this machine if there is one, or"
+         " start one, which stays when the run has ended", "visdom"),
+    Flag("visdom_port", int, 8097, "its port (0: draw nothing)", "visdom", least=0, most=65535),
+    Flag("visdom_server", str, "", "send the view, scans and masks included, to another machine's Visdom server, as in"
+         " https://host:port/path; VISDOM_USERNAME and VISDOM_PASSWORD log in (default: send nothing elsewhere)",
+         "visdom"),
 ]
 
 # These change how the network is run or trained, not what it is; they may differ from the stored ones.

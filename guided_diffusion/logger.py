@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import storage
 
@@ -23,14 +23,14 @@ class Logger:
         self.folder = Path(folder) if folder else None
         self._text = self._json = self._board = None
         self._start = time.time()
+        self.history = []  # rows of this run, from before it was resumed, too
         if enabled and folder:
             os.makedirs(folder, exist_ok=True)
             for name in ("log.txt", "progress.json", "progress.csv"):
                 storage.replace_link(self.folder / name)
             self._text = open(self.folder / "log.txt", "a", encoding="utf-8")
-            with contextlib.suppress(OSError):
-                if last_step is not None:
-                    self._forget_after(last_step)
+            if last_step is not None:
+                self._forget_after(last_step)
             self._json = open(self.folder / "progress.json", "a", encoding="utf-8")
             self._board = _tensorboard(self.folder / "tensorboard", last_step)
 
@@ -43,6 +43,7 @@ class Logger:
         if not self.enabled:
             return
         values = {"step": step, "seconds": round(time.time() - self._start, 3), **values}
+        self.history.append(values)
         self._say(_table(values))
         with contextlib.suppress(OSError):
             if self._json:
@@ -73,9 +74,10 @@ class Logger:
         lines = []
         with contextlib.suppress(FileNotFoundError):
             lines = (self.folder / "progress.json").read_text(encoding="utf-8").splitlines()
-        kept = [row for row in map(_parsed, lines) if row and row["step"] <= last_step]
-        storage.write_bytes(self.folder / "progress.json", "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._write_csv(list(dict.fromkeys(name for row in kept for name in row)), kept)
+        self.history = kept = [row for row in map(_parsed, lines) if row and row["step"] <= last_step]
+        with contextlib.suppress(OSError):
+            storage.write_bytes(self.folder / "progress.json", "".join(json.dumps(row) + "\n" for row in kept).encode())
+            self._write_csv(list(dict.fromkeys(name for row in kept for name in row)), kept)
 
     def _append_csv(self, values):
         """Append a row; a column not seen before rewrites the file with it."""
@@ -149,6 +151,11 @@ def log(*parts):
 
 def dump(values, step):
     _current.dump(values, step)
+
+
+def history():
+    """The rows of progress.json so far, dicts of numbers by name; a run that was resumed has those before, too."""
+    return _current.history
 
 
 def close():

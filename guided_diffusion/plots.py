@@ -27,6 +27,33 @@ def score_figure(rows, patients, summary):
     return png(figure)
 
 
+def progress_figure(rows):
+    """PNG bytes: losses, scores of the validation cases, and norms over the steps of a training run.
+
+    :param rows: of progress.json, dicts of numbers by name.
+    """
+    scored = any(name.startswith("val_") for row in rows for name in row)
+    figure = Figure(figsize=(15 if scored else 10, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3 if scored else 2)
+    panels = [("losses", ["loss", "mse", "vb", "kl"], "log"),
+              ("norms of gradient and parameters", ["grad_norm", "param_norm"], "log")]
+    if scored:
+        names = dict.fromkeys(name for row in rows for name in row if name.startswith("val_"))
+        panels.insert(1, ("scores of the validation cases", names, "linear"))
+    for ax, (title, names, scale) in zip(axes, panels):
+        for name, colour in zip(names, (BLUE, ORANGE, GREEN, GREY)):
+            points = np.array([(row["step"], row[name]) for row in rows if name in row]).reshape(-1, 2)
+            if len(points):
+                ax.plot(*points.T, "." if len(points) == 1 else "-", color=colour, label=name,
+                        linewidth=4 if name == "loss" else 1.5)  # which mse may cover
+        ax.set(title=title, xlabel="step", yscale=scale)
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize="small")
+    figure.suptitle(f"step {rows[-1]['step']:,}")
+    return png(figure)
+
+
 def png(figure):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

@@ -98,23 +98,24 @@ class EnsembleSampler:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def draw(self, images, members, on_step=lambda: None):
+    def draw(self, images, members, on_step=lambda *_: None):
         """x_0 of one batch, [N, H, W] float32 on the CPU; foreground is above 0.5.
 
         :param images: [N, C, H, W] float in [0, 1]; members: one (case name, number) a row.
-        :param on_step: called after every step of the sampler.
+        :param on_step: called after every step of the sampler with the members, x_t and the predicted x_0, both
+            [N, 1, H, W] on the device; rows beyond the members repeat the last.
         """
         noise = MemberNoise(self.seed, members)
         images = dist_util.to_device(images, self.device)
         x = noise(torch.empty(len(images), 1, *images.shape[2:], device=self.device))
-        for x_t, _ in self.walk(self.diffusion, self.model, x, noise=noise, clip_denoised=self.clip_denoised,
+        for x_t, x_start in self.walk(self.diffusion, self.model, x, noise=noise, clip_denoised=self.clip_denoised,
                                 model_kwargs={"image": images}, **self.options):
-            on_step()
+            on_step(members, x_t, x_start)
         return x_t[:, 0].cpu()
 
-    def ensembles(self, cases, num_ensemble, on_step=lambda: None):
+    def ensembles(self, cases, num_ensemble, on_step=lambda *_: None):
         """Draw num_ensemble members for each Case of an iterable; yields (case, samples [n, H, W] float32 array)
-        in the same order, each as soon as it is whole. Batches run across cases."""
+        in the same order, each as soon as it is whole. Batches run across cases. on_step as in `draw`."""
         waiting = []  # cases begun, each with the samples it has so far
 
         def jobs():

@@ -8,7 +8,7 @@ of x; give your own to fix the randomness of every row apart from the others.
 import math
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import itertools
 import math
 import operator
 import time
@@ -12,12 +13,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributions import kl_divergence
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from . import checkpoint, dist_util, logger, storage, training_data
 from .errors import InputError
 from .nn import update_ema
+from .terminal import progress
 from .train_watch import BadSteps, Meter, SignalsNoted
+from .validation import Stopped
 
 
 class CIMD(nn.Module):
@@ -57,6 +59,8 @@ class TrainLoop:
 
     :param cimd: the CIMD module, on its device.
     :param data: a training_data.ShuffledCases.
+    :param validation: a validation.Validation, whose cases are drawn every sample_interval steps and at the end; 0, or
+        None, for never.
     :param batch_size: examples of this process in one step; microbatch: -1 or the size of the parts it is split into.
     :param ema_rates: rates as strings, as they appear in file names.
     :param max_steps, lr_anneal_steps: 0 for no end and no annealing; the loop ends at the first that is not 0.
@@ -68,17 +72,17 @@ class TrainLoop:
     :param max_bad_steps: give up after so many steps in a row whose gradient was not finite; such steps are skipped.
     """
 
-    def __init__(self, *, cimd, data, schedule_sampler, batch_size, results_dir, monitor, microbatch=-1, lr=1e-4,
-                 weight_decay=0.0, lr_anneal_steps=0, max_steps=0, ema_rates=("0.9999",), log_interval=100,
-                 save_interval=5000, keep_checkpoints=0, save_patience=3, dtype=None, fp16_scale_growth=1e-3,
-                 grad_clip=0.0, max_bad_steps=50, seed=0):
+    def __init__(self, *, cimd, data, schedule_sampler, batch_size, results_dir, validation=None, microbatch=-1,
+                 lr=1e-4, weight_decay=0.0, lr_anneal_steps=0, max_steps=0, ema_rates=("0.9999",), log_interval=100,
+                 sample_interval=0, save_interval=5000, keep_checkpoints=0, save_patience=3, dtype=None,
+                 fp16_scale_growth=1e-3, grad_clip=0.0, max_bad_steps=50, seed=0):
         self.cimd, self.data, self.schedule_sampler = cimd, data, schedule_sampler
         self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
         self.global_batch = batch_size * dist_util.world_size()
-        self.results_dir, self.monitor = results_dir, monitor
+        self.results_dir, self.validation, self.view = results_dir, validation, None
         self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
         self.end = min([n for n in (max_steps, lr_anneal_steps) if n], default=0)
-        self.log_interval, self.save_interval = log_interval, save_interval
+        self.log_interval, self.sample_interval, self.save_interval = log_interval, sample_interval, save_interval
         self.dtype, self.grad_clip, self.seed = dtype, grad_clip, seed
         self.device = next(cimd.parameters()).device
 
@@ -143,6 +147,7 @@ class TrainLoop:
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        self.meter.add_norm(norm)
         bad = ~norm.isfinite()
         if not self.scaler.is_enabled():  # which looks for itself
             if self.optimizer.defaults.get("fused"):
@@ -187,18 +192,21 @@ class TrainLoop:
             self.saver.prune(self.step)  # which the end of the run before may not have come to
         if dist_util.watch:
             dist_util.watch.before_exit = self.saver.finish
-        bar = tqdm(total=self.end or None, initial=self.step, desc="training", unit=" steps", dynamic_ncols=True,
-                   disable=None if dist_util.rank() == 0 else True)
+        bar = progress(desc="training", total=self.end or None, initial=self.step, enabled=dist_util.rank() == 0)
         self.cimd.train()
         with SignalsNoted() as signals, bar:
             self.meter.start_clock()
             while not (self.end and self.step >= self.end) and not stop_agreed(self._wants_to_stop(signals)):
                 image, mask, position = self._next(batches)
                 self.run_step(image, mask, position)
+                ends, logs = self.step == self.end, self.step % self.log_interval == 0
+                scores = {}
+                if self.sample_interval and self.validation and (ends or self.step % self.sample_interval == 0):
+                    scores = self.look(signals)
+                if logs or ends or scores:
+                    figures = self.log(scores, losses=logs or ends)
+                    bar.set_postfix(figures, refresh=False)
                 bar.update()
-                logs = self.step % self.log_interval == 0
-                if logs or self.step == self.end:
-                    self.log(image, mask)
                 self.saver.poll()
                 if self.step % self.save_interval == 0 or logs and self.saver.problem:
                     self.save()
@@ -230,29 +238,56 @@ class TrainLoop:
         channels = self.cimd.model.in_channels - mask.shape[1]
         return *training_data.to_floats(image, mask, channels, self.device), position
 
-    def log(self, image, mask):
-        self.bad_steps.check(self.data)
-        values = self.meter.read(restart=self.step % self.log_interval == 0)  # what a longer run logs is then the same
-        values.update(lr=self.learning_rate(), samples=self.position, bad_steps=self.bad_steps.count)
-        if self.scaler.is_enabled():
-            values["grad_scale"] = self.scaler.get_scale()
-        logger.dump(values, self.step)
-        if self.monitor.active:
-            self.monitor.curves(self.step, {k: values[k] for k in ("loss", "mse", "vb", "kl") if k in values})
-            self._show_batch(image[:4], mask[:4])
+    def log(self, scores, losses=True):
+        """Log scores and, if asked to, the means of the losses; returns what fits beside a progress bar."""
+        values = {}
+        if losses:
+            self.bad_steps.check(self.data)
+            values = self.meter.read(restart=self.step % self.log_interval == 0)  # what a longer run logs is the same
+            values["param_norm"] = nn.utils.get_total_norm([p.detach() for p in self.cimd.parameters()]).item()
+            values.update(lr=self.learning_rate(), samples=self.position, bad_steps=self.bad_steps.count)
+            if self.scaler.is_enabled():
+                values["grad_scale"] = self.scaler.get_scale()
+        logger.dump({**values, **scores}, self.step)
+        if self.view:
+            self.view.update()
+        return {name: values[name] for name in ("loss", "images_per_second") if name in values}
 
-    @torch.no_grad()
-    def _show_batch(self, image, mask):
-        """Draw images, masks, and the network's guess of the mask from half-way noise."""
-        diffusion = self.cimd.diffusion
-        t = torch.full((len(mask),), diffusion.num_timesteps // 2, device=self.device)
-        x_t = diffusion.q_sample(mask, t)
-        self.cimd.eval()
-        guess = diffusion.p_mean_variance(self.cimd.model, x_t, t, model_kwargs={"image": image})["pred_xstart"]
-        self.cimd.train()
-        self.monitor.pictures("image", image[:, :1])
-        self.monitor.pictures("rater's mask", mask)
-        self.monitor.pictures("prediction", guess, f"of x_0 at t = {t[0].item()}")
+    def look(self, signals):
+        """Draw and show the validation's cases; returns their scores, a dict."""
+        start = time.perf_counter()
+        network, words = self.network_to_look_at()
+        steps = itertools.count(1)
+
+        def on_step(*_):
+            if signals.received:
+                raise Stopped
+            dist_util.at((self.step, self._places, next(steps)), f"drawing the validation cases at step {self.step}")
+
+        masks = self.validation.draw(network, on_step)
+        self._at(f"in step {self.step}")
+        self.meter.since += time.perf_counter() - start  # the speed is that of training
+        if masks is None:
+            return {}
+        if self.view:
+            self.view.show_cases(self.validation.cases, masks, f"{self.validation.name} at step {self.step}, {words}")
+        return self.validation.scores(masks)
+
+    def network_to_look_at(self):
+        """A copy of the U-Net for sampling, and words for its weights: averages once they average over training alone,
+        the present ones before."""
+        rate, averaged = self.rate_to_use()
+        network, words = copy.deepcopy(self.ema[rate]), f"weights averaged at the rate {rate}"
+        if not averaged:
+            network.load_state_dict(self.cimd.model.state_dict())
+            words = "present weights"
+        return network.convert_for_sampling(self.dtype), words
+
+    def rate_to_use(self):
+        """The first rate of the averages, and whether they are of use yet: less than 1 % of them is the random weights
+        that training began with."""
+        rate = next(iter(self.ema))
+        return rate, self.step * (1 - float(rate)) >= 5
 
     # ---- checkpoints ----
 

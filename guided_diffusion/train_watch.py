@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import time
 
 import torch
@@ -24,6 +25,7 @@ class Meter:
 
     def restart(self):
         self.sums, self.examples = {}, 0
+        self.norms = torch.zeros(2, device=self.device)  # sum of the gradient's norm, and the steps it is of
         self.counts = torch.zeros(4, device=self.device)
         self.start_clock()
 
@@ -39,15 +41,22 @@ class Meter:
             total.index_add_(0, quartile, values.float().where(finite, 0))
         self.examples += len(t)
 
+    def add_norm(self, norm):
+        """The norm of a step's gradient, the same on every rank; left out if it is not finite."""
+        finite = norm.isfinite()
+        self.norms = self.norms + torch.stack([norm.where(finite, 0), finite]).float()
+
     def state_dict(self):
         """This rank's sums since the last reading."""
-        return {"sums": self.sums, "counts": self.counts}
+        return {"sums": self.sums, "counts": self.counts, "norms": self.norms}
 
     def load_state_dicts(self, states):
         """Go on from the sums of every rank of a run; if it had another number of ranks, the first takes them all."""
         self.restart()
         alike = len(states) == dist_util.world_size()
         for rank, state in enumerate(states):
+            if "norms" in state:
+                self.norms = state["norms"].to(self.device).reshape(2)
             if dist_util.rank() == (rank if alike else 0):
                 for name, total in state["sums"].items():
                     self.sums[name] = self.sums.get(name, 0) + total.to(self.device).reshape(4)
@@ -59,16 +68,30 @@ class Meter:
         if dist.is_initialized():
             dist.all_reduce(table)
         counts, *sums = table.tolist()
-        values = {}
+        norm, steps = self.norms.tolist()
+        values = {"grad_norm": norm / steps} if steps else {}
         for name, total in zip(self.sums, sums):
             values[name] = sum(total) / max(sum(counts), 1)
             values.update({f"{name}_q{i}": s / n for i, (s, n) in enumerate(zip(total, counts)) if n})
         seconds = time.perf_counter() - self.since
         values["images_per_second"] = self.examples * dist_util.world_size() / max(seconds, 1e-9)
-        values["waiting_for_data"] = max(dist_util.all_gather_objects(self.waited / max(seconds, 1e-9)))
+        here = {"waiting_for_data": self.waited / max(seconds, 1e-9), "memory_gb": peak_memory(self.device) / 1e9}
+        ranks = dist_util.all_gather_objects(here)
+        values.update({name: max(rank[name] for rank in ranks) for name in here})
         if restart:
             self.restart()
         return values
+
+
+def peak_memory(device):
+    """The most bytes of a CUDA device's memory that held tensors, or of the machine's that this process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class SignalsNoted(contextlib.AbstractContextManager):

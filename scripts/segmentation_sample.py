@@ -12,25 +12,23 @@ kept in a hidden file, so that a run that was stopped goes on.
 
 import contextlib
 import itertools
-import os
 import shlex
 import sys
 import time
 from datetime import timedelta
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
 from guided_diffusion import checkpoint, dist_util, logger, sample_util, storage
-from guided_diffusion.cli import results_folder, run_script, start_script
+from guided_diffusion.cli import command, results_folder, run_script, start_script
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.errors import raise_problems
 from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
-from guided_diffusion.monitor import Monitor
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.flags import apply_stored_flags, defaults, pick
 from guided_diffusion.script_util import BEST, autocast_dtype, compile_network, create_model_and_diffusion
+from guided_diffusion.terminal import progress, summary
+from guided_diffusion.views import SamplingView
 
 
 def shared_problems(cases):
@@ -58,6 +56,19 @@ def is_done(case, folder, shape, settings, evaluation):
     if masks is not None:
         evaluation.add(*case, masks)
     return masks is not None
+
+
+def what_is_where(args, folder, done):
+    """What sampling has left, and the command that scores it."""
+    rows = [(what, storage.join(folder, f"<case>_{name}")) for what, name in (
+        ("to look at", "montage.png"), ("masks", f"output0.png .. {args.num_ensemble - 1}"),
+        ("probability of foreground", "mean.png"), ("spread", "std.png"), ("before the threshold", "ensemble.npz"))]
+    flags = ["--data_dir", args.data_dir, "--samples_dir", folder]
+    if args.fit != "error":
+        flags += ["--fit", args.fit]
+    if args.num_samples:
+        flags += ["--skip_missing", "True"]
+    return summary(done, rows, command("segmentation_evaluate.py", flags))
 
 
 def main():
@@ -117,36 +128,38 @@ def main():
         logger.log(f"--batch_size auto: {batch_size}")
     batches = -(-len(todo) * args.num_ensemble // batch_size)
     announce_time(sampler, batches, blank)
-    monitor = Monitor(args.visdom_port if rank == 0 else 0, env=os.path.basename(os.path.abspath(folder)))
+    view = SamplingView(folder, vars(args), None if storage.is_remote(folder) else folder, len(todo),
+                        diffusion.num_timesteps, enabled=rank == 0)
     start = time.perf_counter()
     with dist_util.all_ranks_or_none(), sample_util.BackgroundWriter() as write, \
-            tqdm(total=batches * diffusion.num_timesteps, desc="sampling", unit=" steps", dynamic_ncols=True,
-                 disable=None if rank == 0 else True) as bar:
-        def on_step():
-            bar.update()
+            progress(desc="sampling", total=len(todo) * args.num_ensemble, unit="mask", enabled=rank == 0) as bar:
+        def on_step(members, x, x_start):
             dist_util.at((next(steps),), "drawing")
+            bar.update(len(set(members)) / diffusion.num_timesteps)
+            view.on_step(members, x, x_start)
 
         steps, readable = itertools.count(1), (case for _, case in cases.readable(todo))
         for case, samples in sampler.ensembles(readable, args.num_ensemble, on_step):
             fingerprint = sample_util.fingerprint(case, **settings)
+            masks = sample_util.to_masks(samples, args.median_blur)
             if evaluation:
-                masks = sample_util.to_masks(samples, args.median_blur)
                 evaluation.add(*case, masks)
                 write(sample_util.keep_masks, folder, case.name, masks, fingerprint)
             else:
                 write(sample_util.write_case, folder, case, samples, args.median_blur, fingerprint)
-            monitor.pictures("scan", torch.from_numpy(case.image[None, :1]), case.name)
-            monitor.pictures("ensemble", torch.from_numpy(samples[:8, None]), case.name)
+            view.show_case(case, masks)
         dist_util.at(None)
-    monitor.close()
+    view.close()
     problems = shared_problems(cases)
 
     after = len(cases) - len(problems)
     seconds, drawn = time.perf_counter() - start, (after - before) * args.num_ensemble
-    logger.log(f"{after - before} cases, {drawn} masks" + (f", {seconds / drawn:.3g} seconds per mask" if drawn else "")
-               + ("" if evaluation else f"; look at {storage.join(folder, '*_montage.png')}"))
+    done = f"{after - before} cases, {drawn} masks" + (f", {seconds / drawn:.3g} seconds per mask" if drawn else "")
     if evaluation:
+        logger.log(done)
         evaluation.gather()
+    elif after:
+        logger.log(what_is_where(args, folder, done))
     with dist_util.all_ranks_or_none():
         if evaluation and rank == 0 and after:
             logger.log(report(evaluation.write(folder), folder))

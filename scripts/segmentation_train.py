@@ -17,15 +17,18 @@ import sys
 import torch
 
 from guided_diffusion import checkpoint, dist_util, logger, storage
-from guided_diffusion.cli import results_folder, run_script, start_script
+from guided_diffusion.cli import command, results_folder, run_script, start_script
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.errors import InputError
-from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.flags import apply_stored_flags, check_stored_flags, differing, pick, stored_flags
-from guided_diffusion.script_util import autocast_dtype, compile_network, create_encoders, create_model_and_diffusion
+from guided_diffusion.script_util import (
+    BEST, autocast_dtype, compile_network, create_encoders, create_gaussian_diffusion, create_model_and_diffusion)
+from guided_diffusion.terminal import summary
 from guided_diffusion.training_data import ShuffledCases
 from guided_diffusion.train_util import CIMD, TrainLoop
+from guided_diffusion.validation import SHOWN, Validation
+from guided_diffusion.views import TrainingView
 
 
 def main():
@@ -51,11 +54,13 @@ def main():
         posterior, prior = create_encoders(**pick(args, "encoders"), image_channels=args.image_channels)
         cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
                                   progress=dist_util.rank() == 0)
+        validation = choose_validation(args, cases)
         storage.make_folder(folder)
         claim = storage.claim(folder) if dist_util.rank() == 0 else contextlib.nullcontext()
         storage.remove_partial(folder)
 
-    logger.configure(local_folder(folder), enabled=dist_util.rank() == 0,
+    first = dist_util.rank() == 0
+    logger.configure(local_folder(folder), enabled=first,
                      last_step=resume_from and checkpoint.step_of(resume_from) or 0)
     world_size = dist_util.world_size()
     logger.log("command:", shlex.join(sys.argv))
@@ -65,35 +70,68 @@ def main():
                f" {world_size} process(es) on {dist_util.dev()}")
     logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
 
+    rates = args.ema_rate.replace(" ", "").split(",")
     loop = TrainLoop(
         cimd=CIMD(diffusion, model, posterior, prior, args.kl_weight).to(dist_util.dev()),
         data=ShuffledCases(cases, args.seed),
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion.num_timesteps),
         batch_size=args.batch_size, microbatch=args.microbatch, lr=args.lr, weight_decay=args.weight_decay,
         lr_anneal_steps=args.lr_anneal_steps, max_steps=args.max_steps,
-        ema_rates=args.ema_rate.replace(" ", "").split(","),
-        log_interval=args.log_interval, save_interval=args.save_interval, results_dir=folder, dtype=dtype,
+        ema_rates=rates, log_interval=args.log_interval, sample_interval=args.sample_interval,
+        save_interval=args.save_interval, results_dir=folder, dtype=dtype, validation=validation,
         fp16_scale_growth=args.fp16_scale_growth, grad_clip=args.grad_clip, max_bad_steps=args.max_bad_steps,
         keep_checkpoints=args.keep_checkpoints, save_patience=args.save_patience, seed=args.seed,
-        monitor=Monitor(args.visdom_port if dist_util.rank() == 0 else 0, os.path.basename(os.path.abspath(folder))),
     )
     if resume_from:
         with dist_util.all_ranks_or_none():
             loop.resume(resume_from, same_run=not args.resume_checkpoint)
-    if dist_util.rank() == 0:
+    if first:
         checkpoint.save_flags(folder, stored_flags(args))
+    loop.view = TrainingView(folder, vars(args), local_folder(folder), loop.end, loop.global_batch,
+                             validation.cases if args.sample_interval else (), enabled=first)
 
     if args.compile:
         compile_network(model, dist_util.dev())
     with claim:
         stopped_by = loop.run_loop()
-    loop.monitor.close()
-    logger.log(f"at step {loop.step}; sample from it: python scripts/segmentation_sample.py --data_dir <scans>"
-               f" --model_path {storage.join(folder, checkpoint.NEWEST)}")
+    loop.view.close()
+    logger.log(what_is_where(args, folder, loop))
     logger.close()
     if stopped_by:
         dist_util.cleanup()
         sys.exit(128 + stopped_by)
+
+
+def choose_validation(args, cases):
+    """The cases to draw while training: some of --val_dir, which are scored, else of the training cases."""
+    if args.val_dir:
+        cases = SegmentationCases(args.val_dir, args.image_size, args.image_channels, args.fit,
+                                  progress=dist_util.rank() == 0)
+    steps = min(BEST["sampling_steps"], args.diffusion_steps)
+    diffusion = create_gaussian_diffusion(**{**pick(args, "diffusion"),
+                                             "timestep_respacing": f"{BEST['timestep_spacing']}{steps}"})
+    return Validation(cases, diffusion, BEST["sampler"], args.val_cases if args.val_dir else SHOWN, args.seed,
+                      scored=bool(args.val_dir))
+
+
+def what_is_where(args, folder, loop):
+    """What training has left, and the command that samples from it."""
+    rate, averaged = loop.rate_to_use()
+    newest = checkpoint.ema_name(rate, loop.step) if averaged else checkpoint.NEWEST
+    here = local_folder(folder)
+    rows = [("weights", storage.join(folder, checkpoint.NEWEST)),
+            *((f"averaged at {rate}", storage.join(folder, checkpoint.ema_name(rate, loop.step))) for rate in loop.ema)]
+    if here:
+        rows += [(what, os.path.join(here, name)) for what, name in (
+            ("losses and scores", "progress.png"), ("cases drawn", "panel.png"), ("numbers", "progress.csv"),
+            ("live view, to replay", "visdom.log")) if os.path.exists(os.path.join(here, name))]
+    beside = os.path.join(os.path.dirname(os.path.abspath(args.data_dir)), "testing")
+    scans = args.val_dir or (os.path.relpath(beside) if os.path.isdir(beside) else args.data_dir)
+    flags = ["--data_dir", scans, "--model_path", storage.join(folder, newest), "--results_dir", folder,
+             "--num_ensemble", "16", "--sampler", "best", "--batch_size", "auto"]
+    if args.fit != "error":
+        flags += ["--fit", args.fit]
+    return summary(f"trained to step {loop.step}", rows, command("segmentation_sample.py", flags))
 
 
 def find_run(args, folder):
@@ -115,7 +153,7 @@ def find_run(args, folder):
 
 
 def local_folder(folder):
-    """Where the log goes: beside the checkpoints, or to $OPENAI_LOGDIR if those go to a bucket."""
+    """Where the log goes: beside the checkpoints, or to $OPENAI_LOGDIR if those go to a bucket; None for nowhere."""
     return os.environ.get("OPENAI_LOGDIR") if storage.is_remote(folder) else folder
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import visdom_assets
 from helpers import MODEL
 from PIL import Image
 
@@ -121,6 +122,15 @@ def run(capsys, monkeypatch, tmp_path):
         return SimpleNamespace(code=code, out=out, err=err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def visdom_page():
+    """Sees to it that the page of the installed Visdom works in a browser; skips the test where it cannot."""
+    visdom = pytest.importorskip("visdom")
+    reason = visdom_assets.provide(Path(visdom.__file__).parent / "static")
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture

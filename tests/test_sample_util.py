@@ -146,7 +146,7 @@ def test_seed_scan_and_walk_do_change_the_ensembles(model, diffusion, cases):
 def test_every_network_call_is_reported_and_of_full_batches(model, diffusion, cases):
     sizes, steps = [], []
     hook = model.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    list(EnsembleSampler(model, diffusion, batch_size=4).ensembles(cases[:3], 3, lambda: steps.append(1)))
+    list(EnsembleSampler(model, diffusion, batch_size=4).ensembles(cases[:3], 3, lambda *_: steps.append(1)))
     hook.remove()
     assert sizes == [4] * 9 and len(steps) == 9  # 9 masks in 3 batches of 3 steps
 
@@ -165,7 +165,7 @@ def counted(model, function):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_calls_are_those_that_a_mask_takes(model, diffusion, cases, sampler):
     drawn, steps = EnsembleSampler(model, diffusion, batch_size=2, sampler=sampler), []
-    sizes = counted(model, lambda: list(drawn.ensembles(cases[:2], 1, lambda: steps.append(1))))
+    sizes = counted(model, lambda: list(drawn.ensembles(cases[:2], 1, lambda *_: steps.append(1))))
     assert sizes == [2] * drawn.calls and drawn.calls == (5 if sampler == "heun" else 3)
     assert len(steps) == 3  # of the process, whatever the calls of each
 

@@ -459,7 +459,7 @@ def ended_well(result, path):
         f"error: {path}" in result.err and "give the same command again" in result.err)
 
 
-@pytest.mark.parametrize("flag, count, size", [([], 10, 72), (["--evaluate", "True"], 3, 12)])
+@pytest.mark.parametrize("flag, count, size", [([], 10, 160), (["--evaluate", "True"], 3, 12)])
 def test_a_full_disk_ends_the_run_in_one_line_and_more_room_lets_it_go_on(sample, disk, undrawn, tmp_path, flag, size,
                                                                           count):
     assert sample("whole", *flag).code == 0

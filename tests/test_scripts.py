@@ -74,7 +74,8 @@ def test_training_then_sampling_writes_everything_a_user_looks_for(run, train, d
     results = tmp_path / "results"
     result = train("results", "--save_interval", 2, "--log_interval", 1, "--ema_rate", "0.9,0.99")
     assert result.code == 0 and result.err == ""
-    expected = {"savedmodel.pt", "flags.json", "log.txt", "progress.csv", "progress.json", ".training.lock"}
+    expected = {"savedmodel.pt", "flags.json", "log.txt", "progress.csv", "progress.json", ".training.lock",
+                "progress.png", "panel.png"}
     for step in ("000002", "000003"):
         expected |= {f"savedmodel{step}.pt", f"optsavedmodel{step}.pt", f"emasavedmodel_0.9_{step}.pt",
                      f"emasavedmodel_0.99_{step}.pt"}

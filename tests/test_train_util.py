@@ -17,14 +17,13 @@ from torch.distributions import kl_divergence
 from guided_diffusion import checkpoint, logger, storage
 from guided_diffusion.datasets import Case
 from guided_diffusion.errors import InputError
-from guided_diffusion.monitor import Monitor
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
 from guided_diffusion.train_util import CIMD, TrainLoop
 from guided_diffusion.training_data import ShuffledCases, to_floats
 
 SIZE = 16
-WALL_CLOCK = {"seconds", "images_per_second", "waiting_for_data"}  # of the log
+WALL_CLOCK = {"seconds", "images_per_second", "waiting_for_data", "memory_gb"}  # of the log
 
 
 class Memory(list):
@@ -63,7 +62,7 @@ def make_cimd(seed=0, kl_weight=0.001, num_channels=32, dropout=0.0, use_scale_s
 def make_loop(folder, cimd=None, cases=None, sampler=None, seed=0, **options):
     cimd = cimd or make_cimd()
     return TrainLoop(cimd=cimd, data=ShuffledCases(cases or make_cases(), seed), seed=seed, results_dir=folder,
-                     schedule_sampler=sampler or UniformSampler(cimd.diffusion.num_timesteps), monitor=Monitor(0),
+                     schedule_sampler=sampler or UniformSampler(cimd.diffusion.num_timesteps),
                      **{"batch_size": 2, **options})
 
 

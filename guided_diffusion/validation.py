@@ -1,0 +1,57 @@
+"""What a network in training makes of a few fixed cases: ensembles to look at, and their scores."""
+
+import numpy as np
+import torch
+
+from . import dist_util, metrics
+from .sample_util import EnsembleSampler, largest_batch, to_masks
+
+SHOWN = 4  # cases in the panel, and members of theirs
+SCORED = 16  # members that are scored
+SCORES = ("GED", "CI", "D_max")
+
+
+class Stopped(Exception):
+    """Drawing was broken off."""
+
+
+class Validation:
+    """Draws the same ensembles each time: the noise of a member follows from the seed, the case and its number alone.
+
+    :param cases: a SegmentationCases; of its cases, spread over all, `count` are drawn.
+    :param diffusion, sampler: the respaced process and one of samplers.SAMPLERS.
+    :param scored: whether to draw SCORED members a case and score them, rather than as many as are shown.
+    """
+
+    def __init__(self, cases, diffusion, sampler, count=SHOWN, seed=0, scored=False):
+        self.diffusion, self.sampler, self.seed, self.scored = diffusion, sampler, seed, scored
+        self.members, self.name = (SCORED, "validation cases") if scored else (SHOWN, "training cases")
+        places = np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int)
+        self.cases = [cases[i] for i in places]
+
+    def draw(self, model, on_step=lambda *_: None):
+        """Draw the ensembles, shared among all ranks.
+
+        :param model: the U-Net in evaluation mode, on its device, see UNetModel.convert_for_sampling.
+        :param on_step: as in EnsembleSampler.draw; may raise Stopped.
+        :returns: masks, a list of [n, H, W] bool a case, or None on every rank if one of them was stopped.
+        """
+        largest = largest_batch(next(model.parameters()).device, self.cases[0].image.shape[-1])
+        sampler = EnsembleSampler(model, self.diffusion, batch_size=min(32, largest), seed=self.seed,
+                                  sampler=self.sampler)
+        mine = self.cases[dist_util.rank()::dist_util.world_size()]
+        try:
+            drawn = sampler.ensembles(mine, self.members, on_step)
+            masks = [torch.from_numpy(to_masks(samples)) for _, samples in drawn]
+        except Stopped:
+            masks = None
+        dist_util.at(None)  # the others may have more to draw
+        shares = dist_util.all_gather_objects(masks)
+        if None in shares:
+            return None
+        return [shares[i % len(shares)][i // len(shares)].numpy() for i in range(len(self.cases))]
+
+    def scores(self, masks):
+        """Means over the cases, {"val_GED_16": ..., ...}, if they are to be scored."""
+        rows = [metrics.scores(drawn, case.masks) for drawn, case in zip(masks, self.cases)] if self.scored else []
+        return {f"val_{name}_{self.members}": float(np.mean([row[name] for row in rows])) for name in SCORES if rows}
