@@ -131,6 +131,10 @@ def _check_ranges(job, args, given):
         split_address(args.visdom_server, args.visdom_port)
         if args.visdom == "start":
             raise InputError("--visdom start and --visdom_server: choose one; a server is started on this machine only")
+    if values.get("val_dir") and not args.sample_interval:
+        raise InputError("--val_dir with --sample_interval 0: its cases would never be drawn")
+    if "val_cases" in given and not values.get("val_dir"):
+        raise InputError("--val_cases: counts cases of --val_dir; give that, too")
     if values.get("visdom") == "start" and args.visdom_port == 0:
         raise InputError("--visdom start and --visdom_port 0: choose one")
     if values.get("use_fp16") and values.get("use_bf16"):

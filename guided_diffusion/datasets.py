@@ -61,16 +61,17 @@ class SegmentationCases:
     :param progress: show how far checking is. Of several processes, the one that writes the file shows it anyhow.
     :param skip_bad: keep the places of cases whose files are wrong rather than refuse the folder: reading such an item
         raises InputError, and `problems` says what is wrong with it, {number: message}; see `readable`.
+    :param flag: that the folder comes from, for messages.
     :raises InputError: naming everything that is wrong, file by file.
     """
 
     def __init__(self, data_dir, image_size, image_channels=4, fit="error", need_labels=True, limit=0, progress=False,
-                 skip_bad=False):
+                 skip_bad=False, flag="--data_dir"):
         if fit not in FITS:
             raise InputError(f"--fit {fit} is none of {', '.join(FITS)}")
         self.data_dir, self.image_size, self.image_channels = data_dir, image_size, image_channels
         self.fit, self.need_labels, self.skip_bad, self.problems = fit, need_labels, skip_bad, {}
-        self.cases = find_cases(data_dir)
+        self.cases = find_cases(data_dir, flag)
         if limit:
             self.cases = self.cases[:limit]
         self.decoded, self.kept = self._decode_all(progress)
@@ -194,14 +195,15 @@ def read_ahead(read, items):
         pool.shutdown(cancel_futures=True)
 
 
-def find_cases(data_dir):
+def find_cases(data_dir, flag="--data_dir"):
     """The case folders under data_dir, sorted by name: every folder that holds files or nothing at all.
 
+    :param flag: that the folder comes from, for messages.
     :raises InputError: naming every folder that cannot be listed, and every name that results cannot be called by.
     """
     root = Path(data_dir)
     if not os.path.isdir(data_dir):
-        raise InputError(f"--data_dir {data_dir}: no such folder")
+        raise InputError(f"{flag} {data_dir}: no such folder")
     cases, problems = {}, []
 
     def unlisted(error):
@@ -227,7 +229,7 @@ def find_cases(data_dir):
             problems.append(f"{folder}: names the same case as {same.folder}; rename one")
     raise_problems(problems, data_dir)
     if not cases:
-        raise InputError(f"--data_dir {data_dir}: holds no case; each case is a folder with an image_<n>.jpg and"
+        raise InputError(f"{flag} {data_dir}: holds no case; each case is a folder with an image_<n>.jpg and"
                          f" label0_.jpg, label1_.jpg, ...")
     return sorted(cases.values(), key=lambda case: case.name)
 

@@ -37,14 +37,14 @@ BUTTONS = ["zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale", "toima
 class Text:
     """A window of the view that shows HTML.
 
-    :param every: seconds between two contents that are sent; those between are left out.
+    :param every: seconds between two contents that are sent; those between are left out. One in thirty is recorded.
     :param opts: Visdom's, such as width and height in pixels.
     """
 
     def __init__(self, title, every=0.0, **opts):
         self.title, self.every, self.opts = title, every, {"title": title, **opts}
-        self.next_time, self.changed = 0.0, True
-        self.content, self.whole = "", []
+        self.content, self.changed, self.next_time = "", True, 0.0
+        self.whole, self.unrecorded, self.next_record = [], [], 0.0
 
     def show(self, content):
         self.content, self.changed = content, True
@@ -122,8 +122,8 @@ class Curves(Text):
 
     def _line(self, client, points, update=None):
         x, y = (np.array(column, float) for column in zip(*points))
-        # one point makes no line
-        opts = {**self.opts, "markers": self._taken <= 50, "markersize": 4, "markerborderwidth": 0}
+        opts = {"legend": self.opts["legend"]} if update else {
+            **self.opts, "markers": len(points) <= 50, "markersize": 4, "markerborderwidth": 0}  # one point is no line
         client.line(y, x, win=self.title, update=update, opts=opts)
 
 
@@ -180,9 +180,11 @@ class Monitor:
         fresh = [window for window in self.windows if window.changed and (last or now >= window.next_time)]
         for window in fresh:
             window.changed, window.next_time = False, now + window.every
-            messages = window.update(client)
-            if self._file:
-                self._file.write(messages)
+            window.unrecorded = window.update(client)
+        for window in self.windows:
+            if self._file and window.unrecorded and (last or now >= window.next_record):
+                self._file.write(window.unrecorded)
+                window.unrecorded, window.next_record = [], now + 30 * window.every
         if not self._connected and now < self._retry_at or not fresh and self._connected:
             return
         try:

@@ -59,8 +59,8 @@ class TrainLoop:
 
     :param cimd: the CIMD module, on its device.
     :param data: a training_data.ShuffledCases.
-    :param validation: a validation.Validation, whose cases are drawn every sample_interval steps and at the end; 0, or
-        None, for never.
+    :param validation: a validation.Validation, whose cases are drawn every sample_interval steps and at the end; None
+        for never.
     :param batch_size: examples of this process in one step; microbatch: -1 or the size of the parts it is split into.
     :param ema_rates: rates as strings, as they appear in file names.
     :param max_steps, lr_anneal_steps: 0 for no end and no annealing; the loop ends at the first that is not 0.
@@ -74,7 +74,7 @@ class TrainLoop:
 
     def __init__(self, *, cimd, data, schedule_sampler, batch_size, results_dir, validation=None, microbatch=-1,
                  lr=1e-4, weight_decay=0.0, lr_anneal_steps=0, max_steps=0, ema_rates=("0.9999",), log_interval=100,
-                 sample_interval=0, save_interval=5000, keep_checkpoints=0, save_patience=3, dtype=None,
+                 sample_interval=1000, save_interval=5000, keep_checkpoints=0, save_patience=3, dtype=None,
                  fp16_scale_growth=1e-3, grad_clip=0.0, max_bad_steps=50, seed=0):
         self.cimd, self.data, self.schedule_sampler = cimd, data, schedule_sampler
         self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
@@ -201,7 +201,7 @@ class TrainLoop:
                 self.run_step(image, mask, position)
                 ends, logs = self.step == self.end, self.step % self.log_interval == 0
                 scores = {}
-                if self.sample_interval and self.validation and (ends or self.step % self.sample_interval == 0):
+                if self.validation and (ends or self.step % self.sample_interval == 0):
                     scores = self.look(signals)
                 if logs or ends or scores:
                     figures = self.log(scores, losses=logs or ends)

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import logger, metrics, montage, storage, validation
 from .monitor import Curves, Monitor, Picture, Text
+from .sample_util import to_masks
 from .terminal import duration
 
 # pixels of windows, see monitor.Picture; three curves fill a row of a page that is at least 1280 wide
@@ -37,7 +38,7 @@ class TrainingView:
     def __init__(self, folder, flags, log_folder, end, global_batch, cases=(), enabled=True):
         self.flags, self.log_folder, self.end, self.global_batch = flags, log_folder, end, global_batch
         self.enabled, self.seen = enabled, 0
-        self.run = Text("run", **LARGE)
+        self.run = Text("run", every=2, **LARGE)
         self.panel, shown = Picture("cases", width=1240, height=666), cases[:validation.SHOWN]
         losses = ["loss", *(["vb"] if flags["use_kl"] else ["mse"] + ["vb"] * flags["learn_sigma"]),
                   *["kl"] * bool(flags["kl_weight"])]
@@ -106,7 +107,7 @@ class TrainingView:
 
 
 class SamplingView:
-    """What is drawn at the moment: x_t and the predicted x_0 on the way, the last case that is whole, scores so far.
+    """What is drawn at the moment: x_t and the predicted x_0 on the way, the case with its masks, scores so far.
 
     :param total: cases that this process will draw; steps: of the sampler.
     """
@@ -114,31 +115,44 @@ class SamplingView:
     def __init__(self, folder, flags, log_folder, total, steps, enabled=True):
         self.flags, self.total, self.start = flags, total, time.monotonic()
         self.ged, self.done, self.masks = [], 0, 0
-        self.shown_steps = set(np.linspace(0, steps - 1, FRAMES).round().astype(int).tolist())
-        self.step, self.steps, self.frames = 0, steps, []
-        self.run = Text("run", **LARGE)
+        self.steps, self.shown_steps = steps, set(np.linspace(1, steps, FRAMES).round().astype(int).tolist())
+        self.begun, self.members, self.step, self.frames = {}, None, 0, []  # begun: cases and their samples so far
+        self.run = Text("run", every=2, **LARGE)
         self.scores = Curves("mean GED of the cases so far", ["GED"], xlabel="cases", width=820, height=336)
         self.film = Picture("from noise to a mask", every=2, width=1240, height=381)
-        self.case = Picture("the last case", every=2, width=1240, height=891)
+        self.case = Picture("case", every=2, width=1240, height=891)
         self._describe()
         self.monitor = Monitor(environment(flags, folder) + "-sampling", [self.run, self.scores, self.film, self.case],
                                log_folder if enabled else None, **monitor_flags(flags, enabled))
 
-    def on_step(self, members, x, x_start):
-        """Take note of a step of the sampler, see EnsembleSampler.draw."""
+    def begin(self, case):
+        """Take note that a Case is being drawn."""
         if self.monitor.active:
-            if self.step == 0:
-                self.frames = []
-            if self.step in self.shown_steps:
-                self.frames.append((self.step + 1, x[0, 0].clone(), x_start[0, 0].clone()))
-                frames, title = list(self.frames), f"{members[0][0]}, member {members[0][1]}"
-                self.film.show(lambda: montage.film(title, [(step, *(z.float().cpu().numpy() for z in pair))
-                                                            for step, *pair in frames]))
-            self.step = (self.step + 1) % self.steps
+            self.begun[case.name] = case, []
+
+    def on_step(self, members, x, x_start):
+        """Show a step of the sampler, see EnsembleSampler.draw, and after the last one the masks."""
+        if not self.monitor.active:
+            return
+        if members is not self.members:  # the next batch
+            self.members, self.step, self.frames = members, 0, []
+        self.step += 1
+        if self.step in self.shown_steps:
+            self.frames.append((self.step, x[0, 0].clone(), x_start[0, 0].clone()))
+            frames, title = list(self.frames), f"{members[0][0]}, mask {members[0][1]}"
+            self.film.show(lambda: montage.film(title, [(step, *(z.float().cpu().numpy() for z in pair))
+                                                        for step, *pair in frames]))
+        if self.step == self.steps:
+            for (name, _), sample in dict(zip(members, x[:, 0].cpu().numpy())).items():
+                self.begun[name][1].append(sample)
+            case, samples = self.begun[members[-1][0]]
+            masks = to_masks(np.stack(samples), self.flags["median_blur"])
+            self.case.show(lambda: montage.case_montage(*case, masks))
 
     def show_case(self, case, masks):
         """Show a Case with its ensemble, [n, H, W] bool."""
         if self.monitor.active:
+            self.begun.pop(case.name)
             self.done, self.masks = self.done + 1, self.masks + len(masks)
             self.case.show(lambda: montage.case_montage(*case, masks))
             if len(case.masks):

@@ -100,7 +100,8 @@ def main():
                 "median_blur": args.median_blur}
     shape = args.num_ensemble, args.image_size, args.image_size
     mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
-    todo = [i for i, case in cases.readable(mine) if not is_done(case, folder, shape, settings, evaluation)]
+    looked_at = progress(cases.readable(mine), "looking for masks", len(mine), "case", enabled=rank == 0, leave=False)
+    todo = [i for i, case in looked_at if not is_done(case, folder, shape, settings, evaluation)]
     problems = shared_problems(cases)
     before = len(cases) - len(problems) - sum(dist_util.all_gather_objects(len(todo)))
 
@@ -138,8 +139,13 @@ def main():
             bar.update(len(set(members)) / diffusion.num_timesteps)
             view.on_step(members, x, x_start)
 
-        steps, readable = itertools.count(1), (case for _, case in cases.readable(todo))
-        for case, samples in sampler.ensembles(readable, args.num_ensemble, on_step):
+        def begun():
+            for _, case in cases.readable(todo):
+                view.begin(case)
+                yield case
+
+        steps = itertools.count(1)
+        for case, samples in sampler.ensembles(begun(), args.num_ensemble, on_step):
             fingerprint = sample_util.fingerprint(case, **settings)
             masks = sample_util.to_masks(samples, args.median_blur)
             if evaluation:

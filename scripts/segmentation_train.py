@@ -13,6 +13,7 @@ import contextlib
 import os
 import shlex
 import sys
+from functools import partial
 
 import torch
 
@@ -52,14 +53,15 @@ def main():
         if resume_from:  # once more below, with all that belongs to it; here so that a bad file leaves no trace
             checkpoint.load_model(model, resume_from, "--resume_checkpoint")
         posterior, prior = create_encoders(**pick(args, "encoders"), image_channels=args.image_channels)
-        cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
-                                  progress=dist_util.rank() == 0)
-        validation = choose_validation(args, cases)
+        first = dist_util.rank() == 0
+        read = partial(SegmentationCases, image_size=args.image_size, image_channels=args.image_channels, fit=args.fit,
+                       progress=first)
+        held_out = read(args.val_dir, flag="--val_dir") if args.val_dir else None
+        cases = read(args.data_dir)
         storage.make_folder(folder)
-        claim = storage.claim(folder) if dist_util.rank() == 0 else contextlib.nullcontext()
+        claim = storage.claim(folder) if first else contextlib.nullcontext()
         storage.remove_partial(folder)
 
-    first = dist_util.rank() == 0
     logger.configure(local_folder(folder), enabled=first,
                      last_step=resume_from and checkpoint.step_of(resume_from) or 0)
     world_size = dist_util.world_size()
@@ -70,15 +72,16 @@ def main():
                f" {world_size} process(es) on {dist_util.dev()}")
     logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
 
-    rates = args.ema_rate.replace(" ", "").split(",")
+    validation = make_validation(args, cases, held_out) if args.sample_interval else None
     loop = TrainLoop(
         cimd=CIMD(diffusion, model, posterior, prior, args.kl_weight).to(dist_util.dev()),
         data=ShuffledCases(cases, args.seed),
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion.num_timesteps),
         batch_size=args.batch_size, microbatch=args.microbatch, lr=args.lr, weight_decay=args.weight_decay,
         lr_anneal_steps=args.lr_anneal_steps, max_steps=args.max_steps,
-        ema_rates=rates, log_interval=args.log_interval, sample_interval=args.sample_interval,
-        save_interval=args.save_interval, results_dir=folder, dtype=dtype, validation=validation,
+        ema_rates=args.ema_rate.replace(" ", "").split(","), log_interval=args.log_interval,
+        sample_interval=args.sample_interval, save_interval=args.save_interval, results_dir=folder, dtype=dtype,
+        validation=validation,
         fp16_scale_growth=args.fp16_scale_growth, grad_clip=args.grad_clip, max_bad_steps=args.max_bad_steps,
         keep_checkpoints=args.keep_checkpoints, save_patience=args.save_patience, seed=args.seed,
     )
@@ -88,13 +91,15 @@ def main():
     if first:
         checkpoint.save_flags(folder, stored_flags(args))
     loop.view = TrainingView(folder, vars(args), local_folder(folder), loop.end, loop.global_batch,
-                             validation.cases if args.sample_interval else (), enabled=first)
+                             validation.cases if validation else (), enabled=first)
 
     if args.compile:
         compile_network(model, dist_util.dev())
-    with claim:
-        stopped_by = loop.run_loop()
-    loop.view.close()
+    try:
+        with claim:
+            stopped_by = loop.run_loop()
+    finally:
+        loop.view.close()
     logger.log(what_is_where(args, folder, loop))
     logger.close()
     if stopped_by:
@@ -102,29 +107,25 @@ def main():
         sys.exit(128 + stopped_by)
 
 
-def choose_validation(args, cases):
+def make_validation(args, cases, held_out):
     """The cases to draw while training: some of --val_dir, which are scored, else of the training cases."""
-    if args.val_dir:
-        cases = SegmentationCases(args.val_dir, args.image_size, args.image_channels, args.fit,
-                                  progress=dist_util.rank() == 0)
     steps = min(BEST["sampling_steps"], args.diffusion_steps)
     diffusion = create_gaussian_diffusion(**{**pick(args, "diffusion"),
                                              "timestep_respacing": f"{BEST['timestep_spacing']}{steps}"})
-    return Validation(cases, diffusion, BEST["sampler"], args.val_cases if args.val_dir else SHOWN, args.seed,
-                      scored=bool(args.val_dir))
+    return Validation(held_out or cases, diffusion, BEST["sampler"], args.val_cases if held_out else SHOWN, args.seed,
+                      scored=bool(held_out))
 
 
 def what_is_where(args, folder, loop):
     """What training has left, and the command that samples from it."""
     rate, averaged = loop.rate_to_use()
     newest = checkpoint.ema_name(rate, loop.step) if averaged else checkpoint.NEWEST
-    here = local_folder(folder)
     rows = [("weights", storage.join(folder, checkpoint.NEWEST)),
-            *((f"averaged at {rate}", storage.join(folder, checkpoint.ema_name(rate, loop.step))) for rate in loop.ema)]
-    if here:
-        rows += [(what, os.path.join(here, name)) for what, name in (
-            ("losses and scores", "progress.png"), ("cases drawn", "panel.png"), ("numbers", "progress.csv"),
-            ("live view, to replay", "visdom.log")) if os.path.exists(os.path.join(here, name))]
+            *((f"averaged at {rate}", storage.join(folder, checkpoint.ema_name(rate, loop.step))) for rate in loop.ema),
+            *((what, os.path.join(local_folder(folder) or "", name)) for what, name in (
+                ("losses and scores", "progress.png"), ("cases drawn", "panel.png"), ("numbers", "progress.csv"),
+                ("live view, to replay", "visdom.log")))]
+    rows = [(what, path) for what, path in rows if storage.exists(path)]
     beside = os.path.join(os.path.dirname(os.path.abspath(args.data_dir)), "testing")
     scans = args.val_dir or (os.path.relpath(beside) if os.path.isdir(beside) else args.data_dir)
     flags = ["--data_dir", scans, "--model_path", storage.join(folder, newest), "--results_dir", folder,

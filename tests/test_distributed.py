@@ -1,5 +1,6 @@
 """Several processes make the same run as one, however they were started, and end together."""
 
+import json
 import os
 import shutil
 import signal
@@ -69,7 +70,8 @@ def free_port():
 
 def training(data, results, tiny, *flags):
     return ["--data_dir", data, "--results_dir", results, "--max_steps", 3, "--lr", "3e-4", "--log_interval", 1,
-            "--num_filters", "8,16", "--seed", 5, *tiny, "--learn_sigma", "True", *flags]
+            "--num_filters", "8,16", "--seed", 5, "--val_dir", data, "--val_cases", 3, "--sample_interval", 2, *tiny,
+            "--learn_sigma", "True", *flags]
 
 
 def launchers():
@@ -106,7 +108,14 @@ def test_two_processes_train_as_one_with_twice_the_batch(processes, one_process,
     log = (tmp_path / "two" / "log.txt").read_text()
     assert log.count("command:") == 1 and log.count("saved step 3") == 1 and "2 process(es)" in log
     assert result.stdout.count("saved step 3") == 1
+    rows = [[json.loads(line) for line in (folder / "progress.json").read_text().splitlines()]
+            for folder in (expected, tmp_path / "two")]
+    assert [row["step"] for row in rows[1]] == [1, 2, 3]
     assert len((tmp_path / "two" / "progress.csv").read_text().splitlines()) == 4
+    for one, two in zip(*rows):  # the validation cases are shared among the processes, too
+        names = [name for name in one if name.startswith(("val_", "grad_", "param_", "loss"))]
+        assert ("val_GED_16" in names) == (one["step"] > 1) and one.keys() == two.keys()
+        assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=0.02)
 
 
 def test_training_moved_the_weights_that_are_compared(one_process):

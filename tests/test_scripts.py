@@ -3,15 +3,18 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from helpers import MODEL
 from PIL import Image
 
@@ -557,3 +560,29 @@ def test_a_long_run_says_beforehand_how_long_and_what_is_faster(run, trained, ma
     result = run("segmentation_sample.py", *flags, "--results_dir", "long")
     assert result.code == 0 and "this will take about 0:00:0" in result.out and "--sampler best takes 2" in result.out
     assert "this will take" not in run("segmentation_sample.py", *flags, "--sampler", "best", "--results_dir", "r").out
+
+
+def test_the_next_command_can_be_pasted_from_training_to_scores(run, make_cases, tmp_path, tiny):
+    """What training and sampling print last runs as it stands, in folders whose names need quotes, too."""
+    data = make_cases(tmp_path / "my scans" / "training", size=20)
+    make_cases(tmp_path / "my scans" / "testing", count=3, size=20)
+    result = run("segmentation_train.py", "--data_dir", data, "--results_dir", "my results", *tiny, "--max_steps", 1,
+                 "--fit", "crop")
+    for script in ("segmentation_sample.py", "segmentation_evaluate.py"):
+        assert result.code == 0, result.err
+        *_, word, line = result.out.strip().splitlines()
+        python, path, *flags = shlex.split(line)
+        assert word == "next:" and Path(path) == ROOT / "scripts" / script and Path(python).name.startswith("python")
+        result = run(script, *flags)
+    assert result.code == 0 and (tmp_path / "my results" / "report.html").exists()
+    assert json.loads((tmp_path / "my results" / "scores.json").read_text())["cases"] == 3
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--val_dir", "nowhere"], "--val_dir nowhere: no such folder"),
+    (["--val_dir", "data", "--sample_interval", 0], "--sample_interval 0"),
+    (["--val_cases", 3], "--val_dir"), (["--visdom", "start", "--visdom_port", 0], "--visdom_port 0"),
+    (["--visdom", "start", "--visdom_server", "https://host"], "--visdom_server")])
+def test_flags_of_the_view_that_make_no_sense_are_refused(run, make_cases, tmp_path, tiny, flags, words):
+    result = run("segmentation_train.py", "--data_dir", make_cases(tmp_path / "data"), *tiny, "--max_steps", 1, *flags)
+    assert result.code == 2 and words in result.err, result.err
