@@ -149,8 +149,7 @@ class Monitor:
         if importlib.util.find_spec("visdom") is None:
             logger.log("the package visdom is not installed; going on without")
             return
-        self.active = True
-        self.address = split_address(server, port)
+        self.active, self.address = True, split_address(server, port)
         self.url = "{}:{}{}".format(*self.address)
         self._start, self._file = start, folder and Record(folder)
         self._connected, self._missed, self._retry_at = False, False, 0.0
@@ -167,7 +166,11 @@ class Monitor:
     # ---- the thread ----
 
     def _run(self):
-        client = visdom_client(self.env, *self.address)
+        try:
+            client = visdom_client(self.env, *self.address)
+        except ImportError as error:  # something that it needs
+            self.active = False
+            return logger.log(f"the package visdom cannot be imported ({error}); going on without")
         if self._start:
             start_server(*self.address)
         while not self._closed.wait(self.tick):
@@ -354,12 +357,12 @@ def visdom_client(env, address, port, path):
             self.max_redirects = 0
 
         def request(self, *args, **kwargs):
-            response = super().request(*args, timeout=(3, 10), **kwargs)
+            response = super().request(*args, **kwargs, timeout=(3, 10))
             response.raise_for_status()
             return response
 
     class Client(visdom.Visdom):
-        direct = None
+        direct = None  # the session, once there is one
 
         def messages(self, draw):
             self.made = []
@@ -373,24 +376,18 @@ def visdom_client(env, address, port, path):
             return self.post("win_exists", {"win": window, "eid": self.env}) == "true"
 
         def post(self, endpoint, content):
-            try:
-                return self._handle_post(f"{self.server}:{self.port}{self.base_url}/{endpoint}", json.dumps(content))
-            except OSError:
-                self.direct = None  # logs in anew
-                raise
+            url = f"{self.server}:{self.port}{self.base_url}"
+            direct = self.direct or Direct()
+            if self.username and not self.direct:
+                direct.post(url, json={"username": self.username, "password": self.password})
+            self.direct = None  # after an error it logs in anew
+            text = direct.post(f"{url}/{endpoint}", data=json.dumps(content)).text
+            self.direct = direct
+            return text
 
-        @property
-        def session(self):
-            if self.direct is None:
-                direct = Direct()
-                if self.username:
-                    direct.post(f"{self.server}:{self.port}{self.base_url}",
-                                json={"username": self.username, "password": self.password})
-                self.direct = direct
-            return self.direct
-
+    login = {"username": os.environ.get("VISDOM_USERNAME"), "password": os.environ.get("VISDOM_PASSWORD")}
     return Client(server=address, port=port, base_url=path or "/", env=env, offline=True, log_to_filename=os.devnull,
-                  username=os.environ.get("VISDOM_USERNAME"), password=os.environ.get("VISDOM_PASSWORD"))
+                  **(login if all(login.values()) else {}))
 
 
 def _status(error):

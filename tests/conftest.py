@@ -124,6 +124,13 @@ def run(capsys, monkeypatch, tmp_path):
     return call
 
 
+@pytest.fixture
+def no_proxy(monkeypatch):
+    """Takes the proxies out of the environment, through which a server on this machine may be out of reach."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
 def visdom_page():
     """Sees to it that the page of the installed Visdom works in a browser; skips the test where it cannot."""

@@ -104,9 +104,7 @@ class Server:
 
 
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
+def afterwards(no_proxy):
     yield
     logger.configure()
 
@@ -246,6 +244,15 @@ def test_absent_package_costs_one_line(capsys, monkeypatch, shared_server):
     monitor.close()
     out, err = capsys.readouterr()
     assert not monitor.active and err == "" and out.count("\n") == 1 and "visdom is not installed" in out
+
+
+def test_a_package_that_lacks_something_costs_one_line(capsys, monkeypatch, shared_server):
+    monkeypatch.setitem(sys.modules, "requests", None)
+    _, curves, _, monitor = view("broken", shared_server)
+    curves.add(1, {"loss": 1.0})
+    monitor.close(PATIENCE)
+    out, err = capsys.readouterr()
+    assert not monitor.active and err == "" and out.count("\n") == 1 and "cannot be imported" in out
 
 
 # ---- servers that come and go ----
@@ -571,7 +578,7 @@ def login(monkeypatch, tmp_path):
 
 
 def test_name_and_password_of_the_environment_log_in(login, monkeypatch, capsys, impatient):
-    for name, password in (("", ""), ("reader", "wrong")):
+    for name, password in (("", ""), ("reader", ""), ("reader", "wrong")):
         monkeypatch.setenv("VISDOM_USERNAME", name)
         monkeypatch.setenv("VISDOM_PASSWORD", password)
         show(1, f"http://127.0.0.1:{login.port}/views")

@@ -15,10 +15,10 @@ from guided_diffusion.cli import parse_flags
 from guided_diffusion.sample_util import case_files
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-JOBS = {"train": "training", "sample": "sampling", "evaluate": "evaluation"}
+JOBS = {"segmentation_train": "training", "segmentation_sample": "sampling", "segmentation_evaluate": "evaluation",
+        "visdom_replay": "replay"}
 VARIABLES = dict(re.findall(r'^([A-Z]+_FLAGS)="(.*)"$', README, re.MULTILINE))
-COMMAND = re.compile(
-    r"^(?:python|torchrun|mpiexec) .*?scripts/segmentation_(train|sample|evaluate)\.py (.*?)(?:#.*)?$", re.M)
+COMMAND = re.compile(rf"^(?:python|torchrun|mpiexec) .*?scripts/({'|'.join(JOBS)})\.py (.*?)(?:#.*)?$", re.M)
 COMMANDS = COMMAND.findall(README)
 
 

@@ -1,20 +1,21 @@
 """Training and sampling show what they do: the windows of their pages, and pictures in the results folder."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import MODEL
 from PIL import Image
 from test_monitor import PATIENCE, Server, points, wait_for
 
-from guided_diffusion import logger, metrics, sample_util
+from guided_diffusion import checkpoint, flags, logger, metrics, montage, sample_util, script_util, views
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.monitor import recorded
 from guided_diffusion.views import ProgressPicture
@@ -28,9 +29,7 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
+def afterwards(no_proxy):
     yield
     logger.configure()
 
@@ -149,11 +148,9 @@ def test_sampling_shows_the_way_the_cases_and_their_scores(server, run, make_cas
 
 @pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
 def test_training_goes_on_without_its_server_and_shows_all_when_it_is_back(
-        environment, make_cases, tmp_path, tiny, signal_name):
+        no_proxy, environment, make_cases, tmp_path, tiny, signal_name):
     """A real run in a process of its own, whose server is killed, or hangs, on the way."""
     data, server = make_cases(tmp_path / "data"), Server(tmp_path)
-    for name in [name for name in environment if name.lower().endswith("_proxy")]:
-        del environment[name]
     command = [sys.executable, "-c", f"""
 import runpy, sys
 from guided_diffusion.monitor import Monitor
@@ -237,3 +234,32 @@ def test_a_signal_breaks_drawing_off_and_the_run_saves_and_leaves(environment, m
     assert process.returncode == 128 + signal.SIGTERM, out
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3] and "val_GED_16" not in out
     assert (tmp_path / "run" / "savedmodel000003.pt").exists() and not (tmp_path / "run" / "panel.png").exists()
+
+
+def test_masks_of_a_case_are_shown_as_they_are_drawn(make_cases, tmp_path, trained, monkeypatch):
+    model, diffusion = script_util.create_model_and_diffusion(**MODEL, timestep_respacing="3")
+    checkpoint.load_model(model, trained / "savedmodel.pt")
+    cases = list(SegmentationCases(make_cases(tmp_path / "data", count=2, raters=2), 16))
+    view = views.SamplingView("x", {**flags.defaults("sampling", "results", "visdom"), "visdom_port": 0}, None, 2, 3)
+    view.monitor = SimpleNamespace(active=True)
+    shown, films = [], []
+    monkeypatch.setattr(view.case, "show", lambda make: (make(), shown.append(seen[-1])))
+    monkeypatch.setattr(view.film, "show", lambda make: films.append(make()))
+    seen, draw, film = [], montage.case_montage, montage.film
+    monkeypatch.setattr(montage, "case_montage", lambda name, image, masks, drawn: (
+        seen.append((name, len(drawn), drawn)), draw(name, image, masks, drawn))[1])
+    monkeypatch.setattr(montage, "film", lambda title, frames: (title, len(frames), film(title, frames))[:2])
+
+    def begun():
+        for case in cases:
+            view.begin(case)
+            yield case
+
+    sampler = sample_util.EnsembleSampler(model.eval(), diffusion, batch_size=2)
+    for case, samples in sampler.ensembles(begun(), 3, view.on_step):
+        view.show_case(case, sample_util.to_masks(samples))
+    # batches are case0's masks 0 and 1; its mask 2 and case1's mask 0; case1's masks 1 and 2
+    assert [entry[:2] for entry in shown] == [("case0", 2), ("case1", 1), ("case0", 3), ("case1", 3), ("case1", 3)]
+    assert all((a == b).all() for a, b in zip(shown[0][2], shown[2][2])) and not view.begun
+    assert films == [(f"{name}, mask {i}", frames) for name, i in (("case0", 0), ("case0", 2), ("case1", 1))
+                     for frames in (1, 2, 3)]

@@ -42,9 +42,7 @@ def tab(home):
 
 
 @pytest.fixture
-def train(server, run, make_cases, tmp_path, tiny, monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+def train(no_proxy, server, run, make_cases, tmp_path, tiny):
     data = make_cases(tmp_path / "data", count=4, raters=4)
 
     def train(name, *flags):
