@@ -23,8 +23,9 @@ from common import fast_bf16
 from tqdm import tqdm
 
 from guided_diffusion import evaluation, flags, logger, phantoms, resample, script_util, views
+from guided_diffusion.cimd import CIMD
 from guided_diffusion.datasets import SegmentationCases
-from guided_diffusion.train_util import CIMD, TrainLoop
+from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training_data import ShuffledCases
 
 STEPS = 10

@@ -34,9 +34,10 @@ from tqdm import tqdm
 from guided_diffusion import (
     datasets, evaluation, phantoms, plots, resample, samplers, script_util, storage, training_data,
 )
+from guided_diffusion.cimd import CIMD
 from guided_diffusion.cli import run_script as run_main
 from guided_diffusion.sample_util import EnsembleSampler, largest_batch
-from guided_diffusion.train_util import CIMD, TrainLoop
+from guided_diffusion.train_util import TrainLoop
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from . import dist_util, storage
 from .errors import InputError
 from .flags import FLAGS, check_value, defaults, parse_numbers
-from .monitor import split_address
 from .script_util import choose_sampler
+from .visdom_client import split_address
 
 # the groups of flags that a script takes
 JOBS = {

@@ -11,11 +11,12 @@ from contextlib import suppress
 import numpy as np
 
 from . import logger, metrics, montage, storage, validation
-from .monitor import Curves, Monitor, Picture, Text
+from .monitor import Monitor
 from .sample_util import to_masks
 from .terminal import duration
+from .visdom_windows import Curves, Picture, Text
 
-# pixels of windows, see monitor.Picture; three curves fill a row of a page that is at least 1280 wide
+# pixels of windows, see visdom_windows.Picture; three curves fill a row of a page that is at least 1280 wide
 LARGE, SMALL = {"width": 405, "height": 336}, {"width": 405, "height": 276}
 FRAMES = 8  # of a film strip
 

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from guided_diffusion import checkpoint, dist_util, logger, storage
+from guided_diffusion.cimd import CIMD
 from guided_diffusion.cli import command, results_folder, run_script, start_script
 from guided_diffusion.datasets import SegmentationCases
 from guided_diffusion.errors import InputError
@@ -27,7 +28,7 @@ from guided_diffusion.script_util import (
     BEST, autocast_dtype, compile_network, create_encoders, create_gaussian_diffusion, create_model_and_diffusion)
 from guided_diffusion.terminal import summary
 from guided_diffusion.training_data import ShuffledCases
-from guided_diffusion.train_util import CIMD, TrainLoop
+from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.validation import SHOWN, Validation
 from guided_diffusion.views import TrainingView
 

@@ -5,9 +5,10 @@
 
 import os
 
-from guided_diffusion import logger, monitor
+from guided_diffusion import logger, visdom_client
 from guided_diffusion.cli import parse_flags, results_folder, run_script
 from guided_diffusion.errors import InputError
+from guided_diffusion.monitor import recorded
 from guided_diffusion.terminal import progress
 
 
@@ -15,12 +16,12 @@ def main():
     args, _ = parse_flags("replay", __doc__)
     if not args.visdom_port:
         raise InputError("--visdom_port 0: nothing can be sent there; give the port of a server")
-    windows = monitor.recorded(os.path.join(results_folder(args), "visdom.log"))
-    address = monitor.split_address(args.visdom_server, args.visdom_port)
+    windows = recorded(os.path.join(results_folder(args), "visdom.log"))
+    address = visdom_client.split_address(args.visdom_server, args.visdom_port)
     url = "{}:{}{}".format(*address)
     if args.visdom == "start":
-        monitor.start_server(*address)
-    client = monitor.visdom_client("main", *address)
+        visdom_client.start_server(*address)
+    client = visdom_client.visdom_client("main", *address)
     for content in progress(windows, "sending", unit="window"):
         try:
             client.post("events", content)
@@ -28,7 +29,7 @@ def main():
             raise InputError(f"no Visdom server answers at {url} ({type(error).__name__}); start one with make visdom,"
                              f" or give --visdom start") from None
     for env in sorted({content["eid"] for content in windows}):
-        logger.log("watch it at", monitor.page(url, env))
+        logger.log("watch it at", visdom_client.page(url, env))
 
 
 if __name__ == "__main__":

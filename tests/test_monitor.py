@@ -2,40 +2,26 @@
 
 import base64
 import contextlib
-import http.server
 import io
 import json
 import os
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
-import requests
 from PIL import Image
+from visdom_servers import PATIENCE, Server, free_port, points, wait_for, windows_of
 
 from guided_diffusion import logger
-from guided_diffusion import monitor as monitor_module
-from guided_diffusion.monitor import Curves, Monitor, Picture, Text, environment_name, recorded, split_address
-
-PATIENCE = 60  # seconds until a test gives up; nothing here should need more than a few
-
-SERVER = """
-import sys
-from visdom.server.run_server import start_server
-from visdom.utils.server_utils import hash_password
-_, port, folder, base_url, *login = sys.argv
-login = login and {"username": login[0], "password": hash_password(hash_password(login[1]))}
-start_server(port=int(port), hostname="127.0.0.1", base_url=base_url, env_path=folder, bind_local=True,
-             user_credential=login or None)
-"""
+from guided_diffusion.monitor import Monitor, recorded
+from guided_diffusion.visdom_client import visdom_client
+from guided_diffusion.visdom_windows import Curves, Picture, Text
 
 IMPORTS = """
 import sys
@@ -55,52 +41,6 @@ import torch.distributed
 print(sorted({"visdom", "mpi4py", "blobfile"} & set(sys.modules)), torch.distributed.is_initialized(),
       [call for call in connections if call[0] in ("socket.connect", "socket.bind", "socket.getaddrinfo")])
 """
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(condition, what):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
-
-
-def windows_of(port, env):
-    """Title -> window of an environment, as the server holds them."""
-    from visdom import Visdom
-
-    client = Visdom(server="http://127.0.0.1", port=port, env=env, use_incoming_socket=False, raise_exceptions=True)
-    return {window["title"]: window for window in json.loads(client.get_window_data(env=env)).values()}
-
-
-class Server:
-    """A real Visdom server in a process of its own; login: a name and a password."""
-
-    def __init__(self, folder, port=None, path="", login=()):
-        self.port, self.path = port or free_port(), path
-        env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER, str(self.port), str(folder), path, *login],
-                                        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(self.answers, "the Visdom server")
-
-    def answers(self):
-        assert self.process.poll() is None, "the Visdom server ended by itself"
-        try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{self.port}{self.path}/", timeout=PATIENCE).status == 200
-        except OSError:
-            return False
-
-    def windows(self, env):
-        return windows_of(self.port, env)
-
-    def end(self):
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -131,11 +71,6 @@ def view(env, server=None, **options):
 
 def red():
     return Image.new("RGB", (20, 10), "red")
-
-
-def points(window, curve=0):
-    data = window["content"]["data"][curve]
-    return list(zip(data["x"], data["y"]))
 
 
 def test_curves_arrive_with_every_point(shared_server):
@@ -194,7 +129,7 @@ def test_pictures_are_made_on_the_thread_of_the_view_and_only_if_their_turn_come
 def test_pictures_are_shown_as_they_are_or_whole(size):
     picture = Picture("cases", width=110, height=36)
     picture.show(lambda: Image.new("RGB", size, "red"))
-    client = monitor_module.visdom_client("any", "http://127.0.0.1", 1, "")
+    client = visdom_client("any", "http://127.0.0.1", 1, "")
     (endpoint, message), = picture.update(client)
     data = base64.b64decode(message["data"][0]["content"]["src"].partition(",")[2])
     pixels = np.asarray(Image.open(io.BytesIO(data)))
@@ -256,6 +191,7 @@ def test_a_package_that_lacks_something_costs_one_line(capsys, monkeypatch, shar
 
 
 # ---- servers that come and go ----
+
 
 @pytest.fixture
 def impatient(monkeypatch):
@@ -351,7 +287,8 @@ def test_server_that_hangs_holds_nothing_up_and_gets_all_when_it_goes_on(server,
 def test_a_server_is_started_if_asked_for_and_stays(environment, tmp_path):
     port = free_port()
     code = f"""
-from guided_diffusion.monitor import Curves, Monitor
+from guided_diffusion.monitor import Monitor
+from guided_diffusion.visdom_windows import Curves
 curves = Curves("loss", ["loss"])
 monitor = Monitor("started", [curves], port={port}, start=True)
 curves.add(1, {{"loss": 1.0}})
@@ -471,170 +408,3 @@ def test_importing_the_library_loads_and_connects_to_nothing(environment):
     result = subprocess.run([sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[] False []"
-
-
-# ---- pictures stay on this machine ----
-
-class Recorder:
-    """A real HTTP server that keeps what it is sent: (path, headers, body) of every request.
-
-    :param redirect: from the path on that begins with the first, to the server at the port that comes second.
-    :param tls: an SSLContext, for https.
-    """
-
-    def __init__(self, redirect=None, status=307, tls=None):
-        self.received = received = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                received.append((self.path, self.headers, body))
-                away = redirect and self.path.startswith(redirect[0])
-                self.send_response(status if away else 200)
-                if away:
-                    self.send_header("Location", f"http://127.0.0.1:{redirect[1]}{self.path}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            do_GET = do_CONNECT = do_POST
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        if tls:
-            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
-        self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def show(port, server=""):
-    """A monitor that has sent a picture, or given up."""
-    _, curves, picture = windows = [Text("run"), Curves("loss", ["loss"]), Picture("cases", width=110, height=36)]
-    monitor = Monitor("private", windows, port=port, server=server)
-    picture.show(red)
-    curves.add(1, {"loss": 1.0})
-    monitor.close(PATIENCE)
-    return monitor
-
-
-def test_no_proxy_and_no_password_of_the_environment_is_used(tmp_path, monkeypatch):
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
-    with Recorder() as proxy, Recorder() as target:
-        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-        requests.post(f"http://127.0.0.1:{target.port}/any", data="ordinary")
-        (_, headers, body), = proxy.received  # so the environment does lead there
-        assert body == b"ordinary" and "Authorization" in headers and not target.received
-        proxy.received.clear()
-        show(target.port)
-    assert not proxy.received
-    assert [path for path, _, _ in target.received] == 3 * ["/events"]
-    assert any(b"data:image/" in body for _, _, body in target.received)
-    assert not any("Authorization" in headers for _, headers, _ in target.received)
-
-
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_no_redirect_is_followed(capsys, status):
-    with Recorder() as elsewhere, Recorder(("/events", elsewhere.port), status) as server:
-        requests.post(f"http://127.0.0.1:{server.port}/events", data="ordinary")
-        assert elsewhere.received  # so the redirect does lead there
-        elsewhere.received.clear()
-        show(server.port)
-    assert server.received and not elsewhere.received
-    assert f"the Visdom server at http://127.0.0.1:{server.port} does not answer" in capsys.readouterr().out
-
-
-def test_only_this_machine_is_looked_up_or_connected_to(monkeypatch):
-    called = []
-    for name in ("create_connection", "getaddrinfo"):
-        original = getattr(socket, name)
-        monkeypatch.setattr(socket, name, lambda *args, original=original, **kwargs: (
-            called.append(args[0] if isinstance(args[0], str) else args[0][0]), original(*args, **kwargs))[1])
-    with Recorder() as target:
-        show(target.port)
-    assert target.received and set(called) == {"127.0.0.1"}
-
-
-# ---- a server that --visdom_server names ----
-
-@pytest.fixture
-def login(monkeypatch, tmp_path):
-    """Start a server that asks for a login; visdom keeps the secret of its cookies in the home folder."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".visdom").mkdir()
-    (tmp_path / ".visdom" / "COOKIE_SECRET").write_text("secret of cookies")
-    server = Server(tmp_path, path="/views", login=("reader", "correct horse"))
-    yield server
-    server.end()
-
-
-def test_name_and_password_of_the_environment_log_in(login, monkeypatch, capsys, impatient):
-    for name, password in (("", ""), ("reader", ""), ("reader", "wrong")):
-        monkeypatch.setenv("VISDOM_USERNAME", name)
-        monkeypatch.setenv("VISDOM_PASSWORD", password)
-        show(1, f"http://127.0.0.1:{login.port}/views")
-        out = capsys.readouterr().out
-        assert "VISDOM_USERNAME" in out and out.count("\n") == 1
-    monkeypatch.setenv("VISDOM_PASSWORD", "correct horse")
-    show(1, f"http://127.0.0.1:{login.port}/views")
-    out = capsys.readouterr().out
-    assert f"watch it at http://127.0.0.1:{login.port}/views/env/private" in out and "correct" not in out
-    client = monitor_module.visdom_client("private", "http://127.0.0.1", login.port, "/views")
-    held = json.loads(client.post("win_data", {"win": None, "eid": "private"}))
-    assert points({window["title"]: window for window in held.values()}["loss"]) == [(1, 1.0)]
-
-
-def test_https_is_used_and_its_certificate_checked(tmp_path, monkeypatch, capsys):
-    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-                           "-subj", "/CN=here", "-addext", "subjectAltName=IP:127.0.0.1",
-                           "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"], capture_output=True)
-    assert made.returncode == 0, made.stderr
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
-    with Recorder(tls=context) as server:
-        monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
-        show(1, f"https://127.0.0.1:{server.port}")
-        assert not server.received and "SSLError" in capsys.readouterr().out
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
-        show(1, f"https://127.0.0.1:{server.port}/path/")
-        assert [path for path, _, _ in server.received] == 3 * ["/path/events"]
-
-
-@pytest.mark.parametrize("server, address", [
-    ("", ("http://127.0.0.1", 8097, "")), ("https://host", ("https://host", 8097, "")),
-    ("http://host:80/a/b/", ("http://host", 80, "/a/b")), ("https://[::1]:9", ("https://[::1]", 9, ""))])
-def test_addresses_are_taken_apart(server, address):
-    assert split_address(server, 8097) == address
-
-
-@pytest.mark.parametrize("server", ["host", "host:8097", "ftp://host", "https://", "https://host:port", "https://h?a=b",
-                                    "https://host:99999", "file:///etc/passwd"])
-def test_what_is_no_address_is_refused(run, server):
-    for script in ("segmentation_train.py", "segmentation_sample.py", "visdom_replay.py"):
-        result = run(script, "--visdom_server", server)
-        assert result.code == 2 and "--visdom_server" in result.err, result
-
-
-def test_a_password_in_the_address_is_refused_and_not_shown(run):
-    result = run("segmentation_train.py", "--visdom_server", "https://reader:horse@host")
-    assert result.code == 2 and "VISDOM_PASSWORD" in result.err and "horse" not in result.err
-
-
-@pytest.mark.parametrize("name", ["a run", "a/b", "a+b", "50%", "läsion", "..", "", "a\\b", "#1?"])
-def test_every_name_of_a_run_is_that_of_a_page(shared_server, name):
-    env = environment_name(name)
-    assert env and not set(env) & set("/+%#?\\_'&")
-    curves = Curves("loss", ["loss"])
-    monitor = Monitor(name, [curves], port=shared_server.port)
-    curves.add(1, {"loss": 1.0})
-    monitor.close(PATIENCE)
-    assert "loss" in shared_server.windows(env)

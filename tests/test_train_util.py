@@ -15,11 +15,12 @@ import torch
 from torch.distributions import kl_divergence
 
 from guided_diffusion import checkpoint, logger, storage
+from guided_diffusion.cimd import CIMD
 from guided_diffusion.datasets import Case
 from guided_diffusion.errors import InputError
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
-from guided_diffusion.train_util import CIMD, TrainLoop
+from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training_data import ShuffledCases, to_floats
 
 SIZE = 16

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from helpers import MODEL
 from PIL import Image
-from test_monitor import PATIENCE, Server, points, wait_for
+from visdom_servers import PATIENCE, Server, points, wait_for
 
 from guided_diffusion import checkpoint, flags, logger, metrics, montage, sample_util, script_util, views
 from guided_diffusion.datasets import SegmentationCases
