@@ -70,8 +70,12 @@ def free_port():
 
 def training(data, results, tiny, *flags):
     return ["--data_dir", data, "--results_dir", results, "--max_steps", 3, "--lr", "3e-4", "--log_interval", 1,
-            "--num_filters", "8,16", "--seed", 5, "--val_dir", data, "--val_cases", 3, "--sample_interval", 2, *tiny,
-            "--learn_sigma", "True", *flags]
+            "--num_filters", "8,16", "--seed", 5, *tiny, "--learn_sigma", "True", *flags]
+
+
+def watched(data):
+    """Flags that draw and score validation cases on the way."""
+    return ["--val_dir", data, "--val_cases", 3, "--sample_interval", 2]
 
 
 def launchers():
@@ -84,7 +88,8 @@ def launchers():
 def one_process(run, make_cases, tiny, tmp_path):
     """The weights that one process reaches with batches of 4, and the data they come from."""
     data = make_cases(tmp_path / "data", count=5, raters=[2, 1, 3, 2, 2])
-    result = run("segmentation_train.py", *training(data, tmp_path / "one", tiny, "--batch_size", 4))
+    result = run("segmentation_train.py", *training(data, tmp_path / "one", tiny, "--batch_size", 4,
+                                                     *watched(data)))
     assert result.code == 0, result.err
     return data, tmp_path / "one"
 
@@ -93,7 +98,8 @@ def one_process(run, make_cases, tiny, tmp_path):
 def test_two_processes_train_as_one_with_twice_the_batch(processes, one_process, tiny, tmp_path, launcher):
     data, expected = one_process
     command = launchers()[launcher]
-    result = processes(*command, *training(data, "two", tiny, "--batch_size", 2, "--visdom_port", 0))
+    result = processes(*command, *training(data, "two", tiny, "--batch_size", 2, "--visdom_port", 0,
+                                           *watched(data)))
     assert result.returncode == 0, result.err
     for name in ("savedmodel000003.pt", "emasavedmodel_0.9999_000003.pt"):
         one, two = checkpoint.load(expected / name), checkpoint.load(tmp_path / "two" / name)
