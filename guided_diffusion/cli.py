@@ -180,6 +180,7 @@ def run_script(main):
     except RuntimeError:
         if not dist_util.run_has_ended():
             raise
+        dist_util.cleanup()  # the watch then ends this process at once: leaving in order, gloo aborts at times
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

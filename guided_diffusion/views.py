@@ -1,6 +1,7 @@
 """What training and sampling show while they run: windows of a Visdom page, and pictures in the results folder."""
 
 import html
+import math
 import os
 import shlex
 import sys
@@ -117,7 +118,8 @@ class SamplingView:
         self.flags, self.total, self.start = flags, total, time.monotonic()
         self.ged, self.done, self.masks = [], 0, 0
         self.steps, self.shown_steps = steps, set(np.linspace(1, steps, FRAMES).round().astype(int).tolist())
-        self.begun, self.members, self.step, self.frames = {}, None, 0, []  # begun: cases and their samples so far
+        self.begun = {}  # name -> a case and its samples so far
+        self.members, self.step, self.frames, self.filmed = None, 0, None, -math.inf
         self.run = Text("run", every=2, **LARGE)
         self.scores = Curves("mean GED of the cases so far", ["GED"], xlabel="cases", width=820, height=336)
         self.film = Picture("from noise to a mask", every=2, width=1240, height=381)
@@ -136,13 +138,16 @@ class SamplingView:
         if not self.monitor.active:
             return
         if members is not self.members:  # the next batch
-            self.members, self.step, self.frames = members, 0, []
+            self.members, self.step = members, 0
+            if time.monotonic() - self.filmed >= self.film.every:  # waiting for the device takes time
+                self.filmed, self.frames = time.monotonic(), []
+            else:
+                self.frames = None
         self.step += 1
-        if self.step in self.shown_steps:
-            self.frames.append((self.step, x[0, 0].clone(), x_start[0, 0].clone()))
+        if self.step in self.shown_steps and self.frames is not None:
+            self.frames.append((self.step, *(z[0, 0].float().cpu().numpy() for z in (x, x_start))))
             frames, title = list(self.frames), f"{members[0][0]}, mask {members[0][1]}"
-            self.film.show(lambda: montage.film(title, [(step, *(z.float().cpu().numpy() for z in pair))
-                                                        for step, *pair in frames]))
+            self.film.show(lambda: montage.film(title, frames))
         if self.step == self.steps:
             for (name, _), sample in dict(zip(members, x[:, 0].cpu().numpy())).items():
                 self.begun[name][1].append(sample)
@@ -184,9 +189,9 @@ class ProgressPicture:
 
     share = 0.01  # of the time may go there
 
-    def __init__(self, folder):
+    def __init__(self, folder, delay=5.0):
         self.path = folder and os.path.join(folder, "progress.png")
-        self.thread, self.next_time = None, 0.0
+        self.thread, self.next_time = None, time.monotonic() + delay
 
     def draw(self, last=False):
         """Draw what is logged, unless too much time has just gone there; the last one is waited for."""

@@ -103,7 +103,7 @@ def processes(environment, tmp_path):
 def run(capsys, monkeypatch, tmp_path):
     """run("segmentation_train.py", *flags) runs a script as its command line would, in this process and in tmp_path.
 
-    Returns code, out and err. Nothing is drawn on a Visdom server unless the flags ask for it.
+    Returns code, out and err. Neither Visdom nor validation cases are drawn unless the flags ask for it.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
@@ -111,6 +111,8 @@ def run(capsys, monkeypatch, tmp_path):
     def call(script, *flags):
         path = str(ROOT / "scripts" / script)
         quiet = [] if "--visdom_port" in flags or "evaluate" in script else ["--visdom_port", "0"]
+        if "train" in script and "--sample_interval" not in flags:
+            quiet += ["--sample_interval", "0"]
         monkeypatch.setattr(sys, "argv", [path, *map(str, flags), *quiet])
         capsys.readouterr()
         code = 0

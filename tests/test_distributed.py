@@ -70,7 +70,8 @@ def free_port():
 
 def training(data, results, tiny, *flags):
     return ["--data_dir", data, "--results_dir", results, "--max_steps", 3, "--lr", "3e-4", "--log_interval", 1,
-            "--num_filters", "8,16", "--seed", 5, *tiny, "--learn_sigma", "True", *flags]
+            "--num_filters", "8,16", "--seed", 5, "--sample_interval", 0, *tiny,
+            "--learn_sigma", "True", *flags]
 
 
 def watched(data):

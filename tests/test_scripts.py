@@ -75,7 +75,8 @@ def sample(run, data, trained):
 
 def test_training_then_sampling_writes_everything_a_user_looks_for(run, train, data, tmp_path):
     results = tmp_path / "results"
-    result = train("results", "--save_interval", 2, "--log_interval", 1, "--ema_rate", "0.9,0.99")
+    result = train("results", "--save_interval", 2, "--log_interval", 1, "--ema_rate", "0.9,0.99",
+                   "--sample_interval", 1000)
     assert result.code == 0 and result.err == ""
     expected = {"savedmodel.pt", "flags.json", "log.txt", "progress.csv", "progress.json", ".training.lock",
                 "progress.png", "panel.png"}
@@ -579,7 +580,7 @@ def test_the_next_command_can_be_pasted_from_training_to_scores(run, make_cases,
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--val_dir", "nowhere"], "--val_dir nowhere: no such folder"),
+    (["--val_dir", "nowhere", "--sample_interval", 9], "--val_dir nowhere: no such folder"),
     (["--val_dir", "data", "--sample_interval", 0], "--sample_interval 0"),
     (["--val_cases", 3], "--val_dir"), (["--visdom", "start", "--visdom_port", 0], "--visdom_port 0"),
     (["--visdom", "start", "--visdom_server", "https://host"], "--visdom_server")])

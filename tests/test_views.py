@@ -196,7 +196,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_progress_picture_is_drawn_beside_the_run_and_takes_little_of_its_time(tmp_path, monkeypatch):
     logger.configure(tmp_path)
-    picture = ProgressPicture(tmp_path)
+    picture = ProgressPicture(tmp_path, delay=0)
     drawn = []
     monkeypatch.setattr(picture, "_draw", lambda rows: drawn.append(len(rows)))
     for step in range(3):
@@ -241,7 +241,7 @@ def test_masks_of_a_case_are_shown_as_they_are_drawn(make_cases, tmp_path, train
     checkpoint.load_model(model, trained / "savedmodel.pt")
     cases = list(SegmentationCases(make_cases(tmp_path / "data", count=2, raters=2), 16))
     view = views.SamplingView("x", {**flags.defaults("sampling", "results", "visdom"), "visdom_port": 0}, None, 2, 3)
-    view.monitor = SimpleNamespace(active=True)
+    view.monitor, view.film.every = SimpleNamespace(active=True), 0
     shown, films = [], []
     monkeypatch.setattr(view.case, "show", lambda make: (make(), shown.append(seen[-1])))
     monkeypatch.setattr(view.film, "show", lambda make: films.append(make()))
