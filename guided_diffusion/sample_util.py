@@ -46,6 +46,10 @@ def largest_batch(device, image_size):
     return max(1, 2 ** 16 // image_size ** 2) if device.type == "cpu" else 256
 
 
+class OutOfMemory(InputError, torch.OutOfMemoryError):
+    """Not even one network call fits."""
+
+
 class EnsembleSampler:
     """Draws masks for scans from a denoiser.
 
@@ -93,7 +97,7 @@ class EnsembleSampler:
 
     def _halve_batch_size(self):
         if self.batch_size == 1:
-            raise InputError("the device's memory does not hold one network call; try --use_bf16 True") from None
+            raise OutOfMemory("the device's memory does not hold one network call; try --use_bf16 True") from None
         self.batch_size //= 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

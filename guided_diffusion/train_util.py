@@ -227,13 +227,20 @@ class TrainLoop:
     def look(self, signals):
         """Draw and show the validation's cases; returns their scores, a dict."""
         start = time.perf_counter()
-        network, words = self.network_to_look_at()
+        rate, averaged = self.rate_to_use()
+        words = f"weights averaged at the rate {rate}" if averaged else "present weights"
         steps = itertools.count(1)
 
         def on_step(*_):
             if signals.received:
                 raise Stopped
             dist_util.at((self.step, self._places, next(steps)), f"drawing the validation cases at step {self.step}")
+
+        def network():  # a copy, for sampling
+            copied = copy.deepcopy(self.ema[rate])
+            if not averaged:
+                copied.load_state_dict(self.cimd.model.state_dict())
+            return copied.convert_for_sampling(self.dtype)
 
         masks = self.validation.draw(network, on_step)
         self._at(f"in step {self.step}")
@@ -243,16 +250,6 @@ class TrainLoop:
         if self.view:
             self.view.show_cases(self.validation.cases, masks, f"{self.validation.name} at step {self.step}, {words}")
         return self.validation.scores(masks)
-
-    def network_to_look_at(self):
-        """A copy of the U-Net for sampling, and words for its weights: averages once they average over training alone,
-        the present ones before."""
-        rate, averaged = self.rate_to_use()
-        network, words = copy.deepcopy(self.ema[rate]), f"weights averaged at the rate {rate}"
-        if not averaged:
-            network.load_state_dict(self.cimd.model.state_dict())
-            words = "present weights"
-        return network.convert_for_sampling(self.dtype), words
 
     def rate_to_use(self):
         """The first rate of the averages, and whether they are of use yet: less than 1 % of them is the random weights

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from . import dist_util, metrics
+from . import dist_util, logger, metrics
 from .sample_util import EnsembleSampler, largest_batch, to_masks
 
 SHOWN = 4  # cases in the panel, and members of theirs
@@ -32,19 +32,24 @@ class Validation:
     def draw(self, model, on_step=lambda *_: None):
         """Draw the ensembles, shared among all ranks.
 
-        :param model: the U-Net in evaluation mode, on its device, see UNetModel.convert_for_sampling.
+        :param model: a function that returns the U-Net in evaluation mode, on its device, see
+            UNetModel.convert_for_sampling.
         :param on_step: as in EnsembleSampler.draw; may raise Stopped.
-        :returns: masks, a list of [n, H, W] bool a case, or None on every rank if one of them was stopped.
+        :returns: masks, a list of [n, H, W] bool a case, or None on every rank if one of them was stopped, or has no
+            memory left for it.
         """
-        largest = largest_batch(next(model.parameters()).device, self.cases[0].image.shape[-1])
-        sampler = EnsembleSampler(model, self.diffusion, batch_size=min(32, largest), seed=self.seed,
-                                  sampler=self.sampler)
         mine = self.cases[dist_util.rank()::dist_util.world_size()]
         try:
+            network = model()
+            largest = largest_batch(next(network.parameters()).device, mine[0].image.shape[-1] if mine else 1)
+            sampler = EnsembleSampler(network, self.diffusion, batch_size=min(32, largest), seed=self.seed,
+                                      sampler=self.sampler)
             drawn = sampler.ensembles(mine, self.members, on_step)
             masks = [torch.from_numpy(to_masks(samples)) for _, samples in drawn]
-        except Stopped:
+        except (Stopped, torch.OutOfMemoryError) as error:
             masks = None
+            if not isinstance(error, Stopped):
+                logger.log("the validation cases are not drawn: the device's memory does not hold them beside training")
         dist_util.at(None)  # the others may have more to draw
         shares = dist_util.all_gather_objects(masks)
         if None in shares:

@@ -39,21 +39,21 @@ def test_cases_are_spread_over_all_and_always_the_same(cases):
 @pytest.mark.parametrize("scored, members", [(False, SHOWN), (True, SCORED)])
 def test_masks_are_those_that_sampling_draws(cases, model, scored, members):
     validation = Validation(cases, process(), "dpm++sde", 2, seed=3, scored=scored)
-    drawn = validation.draw(model)
+    drawn = validation.draw(lambda: model)
     sampler = sample_util.EnsembleSampler(model, process(), batch_size=5, seed=3, sampler="dpm++sde")
     wanted = [sample_util.to_masks(samples) for _, samples in sampler.ensembles([cases[0], cases[5]], members)]
     assert len(drawn) == 2
     for ours, theirs in zip(drawn, wanted):
         assert ours.dtype == bool and ours.shape == theirs.shape
         assert (ours != theirs).mean() < 0.01  # the shape of a batch moves the last bits
-    again = validation.draw(model)
+    again = validation.draw(lambda: model)
     assert all((a == b).all() for a, b in zip(drawn, again)) and any(masks.any() for masks in drawn)
 
 
 def test_drawing_leaves_the_randomness_of_training_alone(cases, model):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    Validation(cases, process(), "ancestral", 2).draw(model)
+    Validation(cases, process(), "ancestral", 2).draw(lambda: model)
     assert (torch.get_rng_state() == state).all() and not model.training
 
 
@@ -77,4 +77,15 @@ def test_drawing_can_be_broken_off(cases, model):
         if len(steps) == 3:
             raise Stopped
 
-    assert Validation(cases, process(), "ddim", 2).draw(model, on_step) is None and len(steps) == 3
+    assert Validation(cases, process(), "ddim", 2).draw(lambda: model, on_step) is None and len(steps) == 3
+
+
+@pytest.mark.parametrize("fails", ["copy", "call"])
+def test_without_memory_nothing_is_drawn_and_a_line_says_so(cases, model, monkeypatch, capsys, fails):
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    if fails == "call":
+        monkeypatch.setattr(model, "forward", no_memory)
+    assert Validation(cases, process(), "ddim", 2).draw(no_memory if fails == "copy" else lambda: model) is None
+    assert "memory" in capsys.readouterr().out
