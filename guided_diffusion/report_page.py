@@ -211,7 +211,7 @@ async function open(row) {
     grid([tile("scan", large, grey), tile("raters' outlines", large, grey, {outlines: raters}),
       tile("share of raters", large, ramp(votes), {most: 1}),
       tile("outline of half of the masks", large, grey, {outlines: [mean.map(v => v > 127)], of: sky}),
-      tile("probability: share of the masks", large, ramp(p), {most: 1}),
+      tile("probability", large, ramp(p), {most: 1}),
       tile("spread (std)", large, ramp(i => 2 * Math.sqrt(p(i) * (1 - p(i)))), {most: 0.5})], "overview"),
     notes && "Shown: " + notes,
     grid(raters.map((mask, i) => tile(`rater ${i}`, small, tint(mask, colours[i % colours.length])))),
