@@ -83,8 +83,8 @@ FLAGS = [
          " on Visdom (0: never)", "training", least=0),
     Flag("val_dir", str, "", "folder of cases as in data_dir that training does not see: those drawn every"
          " sample_interval steps are of it, and are scored (default: cases of data_dir, not scored)", "training"),
-    Flag("val_cases", int, 16, "cases of val_dir to draw 16 masks for and score, spread evenly over all", "training",
-         least=1),
+    Flag("val_cases", int, 16, "cases of val_dir to draw 16 masks for and score, spread evenly over all; each takes 112"
+         " network calls, so that few cases or a long sample_interval suit small batches", "training", least=1),
     Flag("keep_checkpoints", int, 0, "checkpoints to leave in the results folder, the newest ones (0: all)", "training",
          least=0),
     Flag("save_patience", int, 3, "go on training while nothing can be saved, for so many save intervals", "training",
