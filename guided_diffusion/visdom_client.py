@@ -39,6 +39,9 @@ def split_address(server, port):
     """
     if not server:
         return "http://127.0.0.1", port, ""
+    if "@" in server:  # not shown: it may hold a password
+        raise InputError("--visdom_server: holds an @, as before a host comes a name and password, which would be kept in"
+                         " flags.json; set VISDOM_USERNAME and VISDOM_PASSWORD instead")
     try:
         parts = urlsplit(server)
         port = parts.port or port
@@ -47,9 +50,6 @@ def split_address(server, port):
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise InputError(f"--visdom_server {server}: must be http:// or https:// and a host, as in"
                          f" https://visdom.example.org:8097/path")
-    if parts.username or parts.password:
-        raise InputError("--visdom_server: holds a name and password, which would be kept in flags.json; set"
-                         " VISDOM_USERNAME and VISDOM_PASSWORD instead")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}", port, parts.path.rstrip("/")
 

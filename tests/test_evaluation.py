@@ -14,10 +14,10 @@ from urllib.request import url2pathname
 
 import numpy as np
 import pytest
-from helpers import refusal
+from helpers import gather_into, refusal
 from PIL import Image
 
-from guided_diffusion import checkpoint, dist_util, evaluation, metrics, montage, plots
+from guided_diffusion import evaluation, metrics, montage, plots
 from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
 
 SIDE = 12
@@ -282,13 +282,7 @@ def test_best_and_worst_are_the_ends_of_the_order_by_ged(titles, undrawn, tmp_pa
     for i, case in enumerate(cases):
         parts[i % ranks].add(*case)
         assert len(parts[i % ranks].shown) <= 8  # pictures of thousands of cases would fill the memory
-    sent = []
-    monkeypatch.setattr(dist_util, "all_gather_objects", lambda value: [sent.append(value)] and [value])
-    for part in parts:
-        part.gather()
-    checkpoint.save(tmp_path / "sent", sent)  # as plain values and tensors, which need no pickle
-    monkeypatch.setattr(dist_util, "all_gather_objects", lambda _: checkpoint.load(tmp_path / "sent"))
-    parts[0].gather()
+    gather_into(parts[0], parts, monkeypatch, tmp_path)
     assert len(parts[0].shown) <= 8 and [row.case for row in parts[0].rows] == sorted(case[0] for case in cases)
     parts[0].write(tmp_path)
     expected = [name for _, name in order]

@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from browser import start
+from helpers import gather_into
 from PIL import Image
 
-from guided_diffusion import checkpoint, dist_util, metrics, montage, plots, report
+from guided_diffusion import metrics, montage, plots, report
 from guided_diffusion.evaluation import Evaluation
 
 SIDE = 12
@@ -137,15 +138,10 @@ def test_a_thumbnail_outlines_raters_and_masks_in_two_colours():
 
 
 def test_pictures_of_two_processes_make_the_page_of_one(written, monkeypatch, tmp_path):
-    parts, sent = [Evaluation([2]), Evaluation([2])], []
+    parts = [Evaluation([2]), Evaluation([2])]
     for i, name in enumerate(NAMES):
         parts[i % 2].add(*make_case(name))
-    monkeypatch.setattr(dist_util, "all_gather_objects", lambda value: [sent.append(value)] and [value])
-    for part in parts:
-        part.gather()
-    checkpoint.save(tmp_path / "sent", sent)  # as plain values and tensors, which need no pickle
-    monkeypatch.setattr(dist_util, "all_gather_objects", lambda _: checkpoint.load(tmp_path / "sent"))
-    parts[1].gather()
+    gather_into(parts[1], parts, monkeypatch, tmp_path)
     (tmp_path / "two").mkdir()
     parts[1].write(tmp_path / "two")
     assert (tmp_path / "two" / "report.html").read_text(encoding="utf-8") == written[1]

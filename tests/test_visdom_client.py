@@ -175,8 +175,9 @@ def test_what_is_no_address_is_refused(run, server):
         assert result.code == 2 and "--visdom_server" in result.err, result
 
 
-def test_a_password_in_the_address_is_refused_and_not_shown(run):
-    result = run("segmentation_train.py", "--visdom_server", "https://reader:horse@host")
+@pytest.mark.parametrize("server", ["https://reader:horse@host", "reader:horse@host", "https://reader:horse@host:x"])
+def test_a_password_in_the_address_is_refused_and_not_shown(run, server):
+    result = run("segmentation_train.py", "--visdom_server", server)
     assert result.code == 2 and "VISDOM_PASSWORD" in result.err and "horse" not in result.err
 
 
