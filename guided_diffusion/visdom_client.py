@@ -40,8 +40,8 @@ def split_address(server, port):
     if not server:
         return "http://127.0.0.1", port, ""
     if "@" in server:  # not shown: it may hold a password
-        raise InputError("--visdom_server: holds an @, as before a host comes a name and password, which would be kept in"
-                         " flags.json; set VISDOM_USERNAME and VISDOM_PASSWORD instead")
+        raise InputError("--visdom_server: holds an @, as after a name and password, which would be kept in flags.json;"
+                         " set VISDOM_USERNAME and VISDOM_PASSWORD instead")
     try:
         parts = urlsplit(server)
         port = parts.port or port
