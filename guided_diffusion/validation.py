@@ -58,5 +58,8 @@ class Validation:
 
     def scores(self, masks):
         """Means over the cases, {"val_GED_16": ..., ...}, if they are to be scored."""
-        rows = [metrics.scores(drawn, case.masks) for drawn, case in zip(masks, self.cases)] if self.scored else []
-        return {f"val_{name}_{self.members}": float(np.mean([row[name] for row in rows])) for name in SCORES if rows}
+        if not self.scored:
+            return {}
+        pairs = [metrics.Agreement(drawn, case.masks) for drawn, case in zip(masks, self.cases)]
+        return {f"val_{name}_{self.members}": float(np.mean([metrics.SCORES[name](pair) for pair in pairs]))
+                for name in SCORES}

@@ -205,11 +205,11 @@ class ProgressPicture:
             self.thread.join()
 
     def _draw(self, rows):
-        from .plots import progress_figure  # imports matplotlib
-
         start = time.monotonic()
-        if rows:
-            with suppress(OSError):
+        with suppress(OSError, ImportError):  # training does without matplotlib
+            from .plots import progress_figure
+
+            if rows:
                 storage.write_bytes(self.path, progress_figure(rows))
         self.next_time = time.monotonic() + (time.monotonic() - start) / self.share
 

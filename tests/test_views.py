@@ -263,3 +263,19 @@ def test_masks_of_a_case_are_shown_as_they_are_drawn(make_cases, tmp_path, train
     assert all((a == b).all() for a, b in zip(shown[0][2], shown[2][2])) and not view.begun
     assert films == [(f"{name}, mask {i}", frames) for name, i in (("case0", 0), ("case0", 2), ("case1", 1))
                      for frames in (1, 2, 3)]
+
+
+def test_training_and_sampling_need_neither_matplotlib_nor_scipy_nor_visdom(processes, make_cases, tmp_path, tiny):
+    data, folder = make_cases(tmp_path / "data"), tmp_path / "results"
+    for script, words in (("train", [*tiny, "--max_steps", 2, "--log_interval", 1, "--val_dir", data]),
+                          ("sample", ["--sampler", "best"])):
+        words = [f"segmentation_{script}.py", "--data_dir", data, "--results_dir", folder, *words]
+        result = processes(sys.executable, "-c", f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys(["matplotlib", "scipy", "visdom"]))
+sys.argv = {list(map(str, words))!r}
+runpy.run_path({str(ROOT / "scripts" / words[0])!r}, run_name="__main__")
+""")
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert "val_GED_16" in rows_of(folder)[-1] and (folder / "panel.png").exists()
+    assert (folder / "case1_montage.png").exists() and not (folder / "progress.png").exists()
