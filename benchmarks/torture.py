@@ -49,7 +49,7 @@ MODEL = dict(image_size=16, image_channels=1, num_channels=32, channel_mult="1,2
 # few timesteps, so that their sampler soon has losses enough to learn from
 TRAINING = dict(MODEL, diffusion_steps=4, noise_schedule="cosine", num_filters="8,16", dropout=0.1, lr=1e-3,
                 batch_size=4, ema_rate="0.9,0.99", schedule_sampler="loss-second-moment", log_interval=4,
-                max_steps=STEPS)
+                max_steps=STEPS, sample_interval=6, val_cases=4)
 SAMPLING = dict(num_ensemble=3, batch_size=4)
 # they hold times and paths
 NOT_COMPARED = {"log.txt", "progress.csv", "progress.json", "progress.png", "tensorboard", "flags.json"}
@@ -206,7 +206,7 @@ def command_line(script, part, folder, flags, processes=1, ngpu=False):
 
 
 def training(part, folder, processes=1, ngpu=False, **flags):
-    return command_line(TRAIN, part, folder, {**TRAINING, **flags}, processes, ngpu)
+    return command_line(TRAIN, part, folder, {**TRAINING, "val_dir": part.root / "data", **flags}, processes, ngpu)
 
 
 def read(path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import itertools
 import math
 import operator
@@ -81,7 +80,7 @@ class TrainLoop:
     def run_step(self, image, mask, position):
         """One optimiser step on this rank's batch: image [N, C, H, W] and mask [N, 1, H, W], floats in [0, 1] on the
         device, and the N places of the examples in the stream."""
-        uniforms, noise = self._randomness(position, mask)
+        uniforms, noise = training_data.randomness(self.seed, position, mask)
         t, weights = (dist_util.to_device(x, self.device) for x in self.schedule_sampler.sample(uniforms))
         losses = self.forward_backward(image, mask, t, weights, noise)
         bad = self.optimize()
@@ -136,17 +135,6 @@ class TrainLoop:
         left = 1 - self.step / self.lr_anneal_steps if self.lr_anneal_steps else 1
         return self.lr * max(left, 0)
 
-    def _randomness(self, positions, mask):
-        """For each example: a uniform number in [0, 1) that picks its timestep, [N] float64, and its noise."""
-        generator = torch.Generator(self.device)
-        uniforms, noise = [], torch.empty_like(mask)
-        for row, position in zip(noise, positions):
-            generator.manual_seed(_hash(self.seed, position))
-            row.normal_(generator=generator)
-            uniforms.append(_hash(self.seed, position, "t") / 2 ** 63)
-        torch.manual_seed(_hash(self.seed, positions[0], "dropout"))
-        return uniforms, noise
-
     # ---- the loop ----
 
     def run_loop(self):
@@ -155,10 +143,11 @@ class TrainLoop:
         Returns the signal that stopped it, or None.
         """
         batches = self.data.batches(self.batch_size, dist_util.rank(), dist_util.world_size(), self.position)
-        if self.end and self.step >= self.end:
+        overdue = self._overdue()
+        if self.end and self.step >= self.end and not overdue:
             logger.log(f"step {self.step} is reached already; more --max_steps (or --lr_anneal_steps) would go on")
         stop_agreed = dist_util.StopFlag()
-        self.saver.last = self.step
+        self.saver.last = self.step - overdue
         if dist_util.rank() == 0:
             self.saver.prune(self.step)  # which the end of the run before may not have come to
         if dist_util.watch:
@@ -167,17 +156,19 @@ class TrainLoop:
         self.cimd.train()
         with SignalsNoted() as signals, bar:
             self.meter.start_clock()
-            while not (self.end and self.step >= self.end) and not stop_agreed(self._wants_to_stop(signals)):
-                image, mask, position = self._next(batches)
-                self.run_step(image, mask, position)
-                ends, logs = self.step == self.end, self.step % self.log_interval == 0
-                scores = {}
-                if self.validation and (ends or self.step % self.sample_interval == 0):
-                    scores = self.look(signals)
-                if logs or ends or scores:
-                    figures = self.log(scores, losses=logs or ends)
+            while (overdue or not self.end or self.step < self.end) and not stop_agreed(self._wants_to_stop(signals)):
+                if not overdue:
+                    self.run_step(*self._next(batches))
+                    bar.update()
+                overdue = False
+                try:
+                    scores = self.look(signals) if self._draws() else {}
+                except Stopped:  # on every rank; a resumed run makes up for it
+                    break
+                logs = self.step % self.log_interval == 0 or self.step == self.end
+                if logs or scores:
+                    figures = self.log(scores, losses=logs)
                     bar.set_postfix(figures, refresh=False)
-                bar.update()
                 self.saver.poll()
                 if self.step % self.save_interval == 0 or logs and self.saver.problem:
                     self.save()
@@ -190,6 +181,18 @@ class TrainLoop:
             raise InputError(f"{self.saver.problem}. Free space, or make the folder writable, and run the same command"
                              f" again: it goes on from step {self.saver.last}")
         return signals.received
+
+    def _draws(self):
+        """Whether the validation's cases are drawn after this step."""
+        return bool(self.validation) and (self.step == self.end or self.step % self.sample_interval == 0)
+
+    def _overdue(self):
+        """Whether a signal broke off the drawing after this step, where the run resumes: its line is not logged."""
+        logged, waiting = dist_util.all_gather_objects(
+            (any(row["step"] == self.step for row in logger.history()), bool(self.meter.sums)))[0]
+        if logged and self.step % self.log_interval == 0:
+            self.meter.restart()  # the line was made up for, and the checkpoint after it lost
+        return self._draws() and waiting and not logged
 
     def _wants_to_stop(self, signals):
         unsaved = (self.step - self.saver.last) / self.save_interval
@@ -225,7 +228,7 @@ class TrainLoop:
         return {name: values[name] for name in ("loss", "images_per_second") if name in values}
 
     def look(self, signals):
-        """Draw and show the validation's cases; returns their scores, a dict."""
+        """Draw and show the validation's cases; returns their scores, a dict. :raises Stopped: by a signal."""
         start = time.perf_counter()
         rate, averaged = self.rate_to_use()
         words = f"weights averaged at the rate {rate}" if averaged else "present weights"
@@ -342,8 +345,3 @@ class TrainLoop:
         self.schedule_sampler.load_state_dict(rest["schedule_sampler"])
         self.meter.load_state_dicts(rest.get("meters", []))
         self.bad_steps.count, self.bad_steps.in_a_row = map(operator.index, rest.get("bad_steps", (0, 0)))
-
-
-def _hash(*parts):
-    """A number in 0 .. 2**63 - 1 from anything, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

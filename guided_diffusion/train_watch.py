@@ -74,7 +74,8 @@ class Meter:
             values[name] = sum(total) / max(sum(counts), 1)
             values.update({f"{name}_q{i}": s / n for i, (s, n) in enumerate(zip(total, counts)) if n})
         seconds = time.perf_counter() - self.since
-        values["images_per_second"] = self.examples * dist_util.world_size() / max(seconds, 1e-9)
+        if self.examples:
+            values["images_per_second"] = self.examples * dist_util.world_size() / max(seconds, 1e-9)
         here = {"waiting_for_data": self.waited / max(seconds, 1e-9), "memory_gb": peak_memory(self.device) / 1e9}
         ranks = dist_util.all_gather_objects(here)
         values.update({name: max(rank[name] for rank in ranks) for name in here})

@@ -72,6 +72,27 @@ def to_floats(image, mask, channels, device):
     return image.expand(-1, channels, -1, -1), mask.float()
 
 
+def randomness(seed, positions, mask):
+    """What else is random in a step, of the examples at these places in the stream; seeds PyTorch's own, for dropout.
+
+    :param mask: [N, 1, S, S], on the device.
+    :returns: for each example a uniform number in [0, 1) that picks its timestep, N floats, and its noise, like mask.
+    """
+    generator = torch.Generator(mask.device)
+    uniforms, noise = [], torch.empty_like(mask)
+    for row, position in zip(noise, positions):
+        generator.manual_seed(_hash(seed, position))
+        row.normal_(generator=generator)
+        uniforms.append(_hash(seed, position, "t") / 2 ** 63)
+    torch.manual_seed(_hash(seed, positions[0], "dropout"))
+    return uniforms, noise
+
+
+def _hash(*parts):
+    """A number in 0 .. 2**63 - 1 from anything, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
 def _stack_images(images):
     """[c, S, S] arrays -> [N, C, S, S]; where they differ, 8 bits are widened as 16 and a single channel repeated."""
     if len({(image.dtype, len(image)) for image in images}) > 1:

@@ -35,8 +35,8 @@ class Validation:
         :param model: a function that returns the U-Net in evaluation mode, on its device, see
             UNetModel.convert_for_sampling.
         :param on_step: as in EnsembleSampler.draw; may raise Stopped.
-        :returns: masks, a list of [n, H, W] bool a case, or None on every rank if one of them was stopped, or has no
-            memory left for it.
+        :returns: masks, a list of [n, H, W] bool a case, or None on every rank if one has no memory left for it.
+        :raises Stopped: on every rank, if one was stopped.
         """
         mine = self.cases[dist_util.rank()::dist_util.world_size()]
         try:
@@ -46,12 +46,15 @@ class Validation:
                                       sampler=self.sampler)
             drawn = sampler.ensembles(mine, self.members, on_step)
             masks = [torch.from_numpy(to_masks(samples)) for _, samples in drawn]
-        except (Stopped, torch.OutOfMemoryError) as error:
+        except Stopped:
+            masks = "stopped"
+        except torch.OutOfMemoryError:
             masks = None
-            if not isinstance(error, Stopped):
-                logger.log("the validation cases are not drawn: the device's memory does not hold them beside training")
+            logger.log("the validation cases are not drawn: the device's memory does not hold them beside training")
         dist_util.at(None)  # the others may have more to draw
         shares = dist_util.all_gather_objects(masks)
+        if "stopped" in shares:
+            raise Stopped
         if None in shares:
             return None
         return [shares[i % len(shares)][i // len(shares)].numpy() for i in range(len(self.cases))]

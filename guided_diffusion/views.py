@@ -95,7 +95,7 @@ class TrainingView:
                 window.add(row["step"], row)
         self.seen = len(rows)
 
-        row = next((row for row in reversed(rows) if "images_per_second" in row), {"step": 0})
+        row = next((row for row in reversed(rows) if "lr" in row), {"step": 0})
         step, speed = row["step"], row.get("images_per_second")
         facts = [f"step {step:,} of {self.end:,}" if self.end else f"step {step:,}, until it is stopped"]
         if speed:

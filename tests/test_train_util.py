@@ -22,6 +22,7 @@ from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training_data import ShuffledCases, to_floats
+from guided_diffusion.validation import Stopped
 
 SIZE = 16
 WALL_CLOCK = {"seconds", "images_per_second", "waiting_for_data", "memory_gb"}  # of the log
@@ -472,6 +473,12 @@ def test_resume_continues_bit_for_bit(tmp_path, loss_aware):
         assert_same(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "stopped")))
 
 
+def logged(folder):
+    """The rows of progress.json, but for the values that depend on the machine."""
+    return [{name: value for name, value in json.loads(line).items() if name not in WALL_CLOCK}
+            for line in (folder / "progress.json").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("stop", [3, 4, 6, 7])
 def test_resume_continues_the_log_bit_for_bit(tmp_path, stop):
     """Means over an interval that was interrupted, and the count of bad steps, included."""
@@ -493,15 +500,55 @@ def test_resume_continues_the_log_bit_for_bit(tmp_path, stop):
     run(tmp_path / "straight", 9)
     run(tmp_path / "stopped", stop)
     run(tmp_path / "stopped", 9, resume=True)
-    straight, stopped = ([{name: value for name, value in json.loads(line).items() if name not in WALL_CLOCK}
-                          for line in (tmp_path / name / "progress.json").read_text().splitlines()]
-                         for name in ("straight", "stopped"))
+    straight, stopped = (logged(tmp_path / name) for name in ("straight", "stopped"))
     assert [row["step"] for row in straight] == [3, 6, 9] and straight[-1]["bad_steps"] == 2
     assert [row for row in stopped if row["step"] % 3 == 0] == straight  # and one where the first run ended
     assert [row["step"] for row in stopped] == sorted({3, 6, 9, stop})
     rows = list(csv.DictReader((tmp_path / "stopped" / "progress.csv").open()))
     assert [row["step"] for row in rows] == [str(row["step"]) for row in stopped]
     assert [row["loss"] for row in rows] == [repr(row["loss"]) for row in stopped]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_line_of_a_drawing_that_was_broken_off_is_made_up_for(tmp_path, saved):
+    """Also where the run is killed between that line and the checkpoint that follows it."""
+    class Drawing:
+        cases, name, stops = [], "", False
+
+        def draw(self, network, on_step):
+            if self.stops:
+                raise Stopped
+            return []
+
+        def scores(self, masks):
+            return {"val_GED_16": 0.5}
+
+    drawing, folder = Drawing(), tmp_path / "stopped"
+
+    def run(folder, steps, resume=False):
+        folder.mkdir(exist_ok=True)
+        logger.configure(folder, last_step=4 if resume else 0)
+        loop = make_loop(folder, make_cimd(timestep_respacing="8"), batch_size=3, max_steps=steps, log_interval=2,
+                         sample_interval=4)
+        loop.validation = drawing
+        if resume:
+            loop.resume(folder / "savedmodel.pt")
+        loop.run_loop()
+        logger.close()
+
+    run(tmp_path / "straight", 8)
+    drawing.stops = True
+    run(folder, 8)
+    assert [row["step"] for row in logged(folder)] == [2] and checkpoint.steps_in(folder) == [4]
+    drawing.stops, before = False, (folder / "optsavedmodel000004.pt").read_bytes()
+    run(folder, 4, resume=True)
+    assert logged(folder) == logged(tmp_path / "straight")[:2]
+    assert (folder / "optsavedmodel000004.pt").read_bytes() != before
+    if not saved:
+        (folder / "optsavedmodel000004.pt").write_bytes(before)
+    run(folder, 8, resume=True)
+    assert logged(folder) == logged(tmp_path / "straight")
+    assert [row["step"] for row in logged(folder) if "val_GED_16" in row] == [4, 8]
 
 
 def test_run_on_other_cases_is_refused_unless_asked_for(tmp_path):

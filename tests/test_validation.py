@@ -77,7 +77,9 @@ def test_drawing_can_be_broken_off(cases, model):
         if len(steps) == 3:
             raise Stopped
 
-    assert Validation(cases, process(), "ddim", 2).draw(lambda: model, on_step) is None and len(steps) == 3
+    with pytest.raises(Stopped):
+        Validation(cases, process(), "ddim", 2).draw(lambda: model, on_step)
+    assert len(steps) == 3
 
 
 @pytest.mark.parametrize("fails", ["copy", "call"])

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,27 +212,6 @@ def test_progress_picture_is_drawn_beside_the_run_and_takes_little_of_its_time(t
     assert not picture.thread.is_alive() and not (tmp_path / "progress.png").exists()
     picture.draw(last=True)
     assert (tmp_path / "progress.png").exists()
-
-
-def test_a_signal_breaks_drawing_off_and_the_run_saves_and_leaves(environment, make_cases, tmp_path, tiny):
-    data, val = make_cases(tmp_path / "data"), make_cases(tmp_path / "val", count=40, seed=1)
-    command = [sys.executable, "scripts/segmentation_train.py", "--data_dir", data, "--results_dir", tmp_path / "run",
-               *tiny, "--val_dir", val, "--val_cases", 40, "--sample_interval", 3, "--log_interval", 1,
-               "--visdom_port", 0]
-    process = subprocess.Popen(list(map(str, command)), env={**environment, "OMP_NUM_THREADS": "1"}, cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        log = tmp_path / "run" / "progress.json"
-        wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, "the first steps")
-        time.sleep(1.5)  # step 3 draws 40 cases, which takes longer
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 128 + signal.SIGTERM, out
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3] and "val_GED_16" not in out
-    assert (tmp_path / "run" / "savedmodel000003.pt").exists() and not (tmp_path / "run" / "panel.png").exists()
 
 
 def test_masks_of_a_case_are_shown_as_they_are_drawn(make_cases, tmp_path, trained, monkeypatch):
