@@ -100,9 +100,10 @@ class TrainingView:
         facts = [f"step {step:,} of {self.end:,}" if self.end else f"step {step:,}, until it is stopped"]
         if speed:
             facts.append(f"{speed:.3g} images a second")
-            if self.end:
-                seconds = (self.end - step) * self.global_batch / speed
-                facts.append(f"{duration(seconds)} left" if step < self.end else "done")
+        if self.end and step >= self.end:
+            facts.append("done")
+        elif self.end and speed:
+            facts.append(f"{duration((self.end - step) * self.global_batch / speed)} left")
         if row.get("bad_steps"):
             facts.append(f"{row['bad_steps']} steps skipped: their gradient was not finite")
         self.run.show(_page(facts, self.flags))
