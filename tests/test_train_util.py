@@ -527,7 +527,7 @@ def test_line_of_a_drawing_that_was_broken_off_is_made_up_for(tmp_path, saved):
 
     def run(folder, steps, resume=False):
         folder.mkdir(exist_ok=True)
-        logger.configure(folder, last_step=4 if resume else 0)
+        logger.configure(folder, last_step=checkpoint.steps_in(folder)[-1] if resume else 0)
         loop = make_loop(folder, make_cimd(timestep_respacing="8"), batch_size=3, max_steps=steps, log_interval=2,
                          sample_interval=4)
         loop.validation = drawing
@@ -549,6 +549,8 @@ def test_line_of_a_drawing_that_was_broken_off_is_made_up_for(tmp_path, saved):
     run(folder, 8, resume=True)
     assert logged(folder) == logged(tmp_path / "straight")
     assert [row["step"] for row in logged(folder) if "val_GED_16" in row] == [4, 8]
+    run(folder, 8, resume=True)
+    assert logged(folder) == logged(tmp_path / "straight")
 
 
 def test_run_on_other_cases_is_refused_unless_asked_for(tmp_path):
