@@ -163,7 +163,8 @@ class TrainLoop:
                 overdue = False
                 try:
                     scores = self.look(signals) if self._draws() else {}
-                except Stopped:  # on every rank; a resumed run makes up for it
+                except Stopped:  # on every rank
+                    logger.log(f"the validation cases of step {self.step} are not drawn; the next run begins with them")
                     break
                 logs = self.step % self.log_interval == 0 or self.step == self.end
                 if logs or scores:

@@ -317,6 +317,7 @@ def test_a_run_that_a_signal_stops_while_it_draws_ends_as_if_nothing_had_happene
     time.sleep(0.5)  # drawing takes seconds
     os.kill(ranks_of(results)[1], signal.SIGTERM)
     run.wait(PATIENCE)
+    assert "the validation cases of step 4 are not drawn" in (results / "log.txt").read_text()
     assert checkpoint.steps_in(results) == [4] and [row["step"] for row in rows_of(results)] == [2]
     assert not (results / "panel.png").exists()
 
