@@ -160,18 +160,16 @@ async function open(row) {
     canvas.width = w * scale; canvas.height = h * scale; canvas.role = "img"; canvas.ariaLabel = caption;
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = false; context.drawImage(plain, 0, 0, canvas.width, canvas.height);
-    outlines.forEach((mask, k) => {
-      context.fillStyle = `rgb(${of[k % of.length]})`;
-      const fill = (x, y, wide, high) => context.fillRect(x * scale, y * scale, wide, high);
-      for (let i = 0; i < n; i++) {
-        if (!mask[i]) continue;
-        const x = i % w, y = (i - x) / w, t = Math.min(scale, 2), rest = 1 - t / scale;
-        if (x === 0 || !mask[i - 1]) fill(x, y, t, scale);
-        if (x === w - 1 || !mask[i + 1]) fill(x + rest, y, t, scale);
-        if (y === 0 || !mask[i - w]) fill(x, y, scale, t);
-        if (y === h - 1 || !mask[i + w]) fill(x, y + rest, scale, t);
-      }
-    });
+    const t = Math.min(scale, 2), far = scale - t; // thickness of a line
+    const sides = [[-1, 0, 0, 0, t, scale], [1, 0, far, 0, t, scale], [0, -1, 0, 0, scale, t],
+      [0, 1, 0, far, scale, t]]; // a neighbour, and the rectangle of the line towards it
+    for (let i = 0; i < n && outlines.length; i++) for (const [dx, dy, left, top, wide, high] of sides) {
+      const x = i % w, y = (i - x) / w, inside = x + dx >= 0 && x + dx < w && y + dy >= 0 && y + dy < h;
+      const own = outlines.flatMap((mask, k) => mask[i] && !(inside && mask[i + dx + dy * w]) ? [k] : []);
+      if (!own.length) continue;
+      context.fillStyle = `rgb(${of[own[((x + 2 * y) >> 2) % own.length] % of.length]})`; // where several meet: in turn
+      context.fillRect(x * scale + left, y * scale + top, wide, high);
+    }
     return most ? figure(caption, canvas, bar(canvas.width, most)) : figure(caption, canvas);
   }
   const grey = i => [scan[i], scan[i], scan[i]], tint = (mask, rgb) => i => mask[i] ? rgb : [0, 0, 0];

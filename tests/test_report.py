@@ -212,3 +212,28 @@ def test_300_cases_are_sorted_searched_and_opened_by_keyboard_and_nothing_is_req
     assert browser.ask("new Promise(tell => { addEventListener('securitypolicyviolation', event => tell(event."
                        "effectiveDirective)); document.body.append(Object.assign(document.createElement('script'),"
                        " {textContent: 'document.title = 1'})); })") == "script-src-elem"
+
+
+def test_raters_who_agree_share_their_outline_in_the_page(browser, tmp_path):
+    masks = np.zeros((4, 12, 16), bool)
+    masks[:3, 3:11, :9], masks[3, 0:2, 11:16] = True, True
+    evaluation = Evaluation()
+    evaluation.add("a", np.full((1, 12, 16), 0.5), masks, masks)
+    evaluation.write(tmp_path)
+    browser.open((tmp_path / "report.html").as_uri())
+    browser.wait("!!document.querySelector('#place')?.textContent")
+    browser.click("#cases tbody td:nth-child(7)")
+    canvas = "document.querySelectorAll('.overview canvas')[1]"
+    browser.wait(canvas)
+    width, values = browser.ask(f"(c => [c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]])"
+                                f"({canvas})")
+    pixels = np.array(values).reshape(-1, width, 4)[..., :3]
+    scale, drawn = width // 16, np.ptp(pixels, axis=2) > 0
+    large = masks.repeat(scale, 1).repeat(scale, 2)
+    padded = np.pad(large, ((0, 0), (2, 2), (2, 2)))  # lines are two pixels thick
+    inner = np.logical_and.reduce([padded[:, dy:dy + large.shape[1], dx:dx + large.shape[2]]
+                                   for dy, dx in ((0, 2), (4, 2), (2, 0), (2, 4))]) & large
+    assert (drawn == (large & ~inner).any(0)).all()
+    colours = [(pixels == montage.OUTLINES[k]).all(2) for k in range(4)]
+    assert (sum(colours) == drawn).all() and (colours[3] == (large & ~inner)[3]).all()
+    assert all(colour.sum() > 0.2 * (large & ~inner)[0].sum() for colour in colours[:3])
