@@ -33,7 +33,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 
 visdom: .venv/installed
-	$(BIN)/python -m guided_diffusion.visdom_server
+	$(BIN)/python -m guided_diffusion.live.server
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'

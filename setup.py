@@ -9,7 +9,8 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["guided_diffusion"]),
+    packages=find_packages(include=["guided_diffusion", "guided_diffusion.*"]),
+    package_data={"guided_diffusion.draw": ["report.*"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.6", "numpy", "scipy", "pillow>=10.1", "matplotlib>=3.10", "tqdm", "blobfile", "visdom"],
     extras_require={

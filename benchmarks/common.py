@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from guided_diffusion import checkpoint, script_util, storage
-from guided_diffusion.sample_util import EnsembleSampler
+from guided_diffusion import checkpoint, script_util
+from guided_diffusion.sampling.ensembles import EnsembleSampler
+from guided_diffusion.system import storage
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,17 +12,18 @@ import itertools
 import json
 import time
 
+from common import fast_bf16, load_sampler, run_script
+from presets import PRESETS
 from tqdm import tqdm
 
-from common import fast_bf16, load_sampler, run_script
-from guided_diffusion import checkpoint, storage
-from guided_diffusion.cli import run_script as run_main
-from guided_diffusion.datasets import SegmentationCases
-from guided_diffusion.evaluation import BACKGROUND, RATERS, Evaluation, cell, markdown
-from guided_diffusion.sample_util import to_masks
+from guided_diffusion import checkpoint
+from guided_diffusion.commands.cli import run_script as run_main
+from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.data.masks import to_masks
 from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.scoring.evaluation import BACKGROUND, RATERS, Evaluation, cell, markdown
 from guided_diffusion.script_util import BEST
-from presets import PRESETS
+from guided_diffusion.system import storage
 
 SCORES = ("GED", "HM_IoU", "D_max", "S_c", "D_a", "CI", "soft_Dice", "ECE")
 

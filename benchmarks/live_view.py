@@ -22,11 +22,14 @@ import torch
 from common import fast_bf16
 from tqdm import tqdm
 
-from guided_diffusion import evaluation, flags, logger, phantoms, resample, script_util, views
-from guided_diffusion.cimd import CIMD
-from guided_diffusion.datasets import SegmentationCases
+from guided_diffusion import flags, logger, resample, script_util
+from guided_diffusion.data import phantoms
+from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.data.stream import ShuffledCases
+from guided_diffusion.live import views
+from guided_diffusion.methods.cimd import CIMD
+from guided_diffusion.scoring import evaluation
 from guided_diffusion.train_util import TrainLoop
-from guided_diffusion.training_data import ShuffledCases
 
 STEPS = 10
 KINDS = {"no view": None, "absent": None, "hung": signal.SIGSTOP, "answers": signal.SIGCONT}
@@ -99,7 +102,7 @@ def free_port():
 def start_server(stop):
     """A Visdom server that gets this signal once it answers, and its port."""
     port = free_port()
-    server = subprocess.Popen([sys.executable, "-m", "guided_diffusion.visdom_server", str(port)],
+    server = subprocess.Popen([sys.executable, "-m", "guided_diffusion.live.server", str(port)],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while socket.socket().connect_ex(("127.0.0.1", port)):
         time.sleep(0.1)

@@ -21,15 +21,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+from common import fast_bf16, load_sampler, run_script
+from presets import PRESETS
 from tqdm import tqdm
 
-from common import fast_bf16, load_sampler, run_script
-from guided_diffusion import checkpoint, metrics, phantoms, storage
-from guided_diffusion.cli import run_script as run_main
-from guided_diffusion.datasets import SegmentationCases
-from guided_diffusion.evaluation import cell, markdown
-from guided_diffusion.sample_util import to_masks
-from presets import PRESETS
+from guided_diffusion import checkpoint, metrics
+from guided_diffusion.commands.cli import run_script as run_main
+from guided_diffusion.data import phantoms
+from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.data.masks import to_masks
+from guided_diffusion.scoring.evaluation import cell, markdown
+from guided_diffusion.system import storage
 
 SIZE, CROP = 64, 32  # pixels of a phantom, and of its central part, which holds every outline
 ORACLE, MOST_LIKELY, MEAN = "oracle: draws of the truth", "always the most likely outline", "always the mean, cut"
@@ -146,7 +148,7 @@ def model_row(training, sampling):
 def draw(stored, usual):
     from matplotlib.figure import Figure
 
-    from guided_diffusion.plots import BLUE, GREEN, GREY, ORANGE, png
+    from guided_diffusion.draw.plots import BLUE, GREEN, GREY, ORANGE, png
 
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     axes = figure.subplots(1, 4)

@@ -31,12 +31,15 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from guided_diffusion import (
-    datasets, evaluation, phantoms, plots, resample, samplers, script_util, storage, training_data,
-)
-from guided_diffusion.cimd import CIMD
-from guided_diffusion.cli import run_script as run_main
-from guided_diffusion.sample_util import EnsembleSampler, largest_batch
+from guided_diffusion import resample, samplers, script_util
+from guided_diffusion.commands.cli import run_script as run_main
+from guided_diffusion.data import phantoms
+from guided_diffusion.data.cases import Case, SegmentationCases, read_case
+from guided_diffusion.draw import plots
+from guided_diffusion.methods.cimd import CIMD
+from guided_diffusion.sampling.ensembles import EnsembleSampler, largest_batch
+from guided_diffusion.scoring import evaluation
+from guided_diffusion.system import storage
 from guided_diffusion.train_util import TrainLoop
 
 CUDA = torch.cuda.is_available()
@@ -274,7 +277,7 @@ def measure_training(args):
 
 def phantom(args):
     image = phantoms.make_phantom(0, 0, args.image_size).image / np.float32(255)
-    return datasets.Case("phantom", np.stack([image] * 4), np.zeros((0, *image.shape), bool))
+    return Case("phantom", np.stack([image] * 4), np.zeros((0, *image.shape), bool))
 
 
 def measure_ensemble(args):
@@ -342,23 +345,23 @@ def measure_loader(args):
     count, batch = 64, 16
     with tempfile.TemporaryDirectory() as folder:
         phantoms.write_cases(folder, count, 0, args.image_size)
-        cases = datasets.SegmentationCases(folder, args.image_size)
+        cases = SegmentationCases(folder, args.image_size)
 
         def decode():
             for i in range(0, count, batch):
-                read = [datasets.read_case(files) for files in cases.cases[i:i + batch]]
+                read = [read_case(files) for files in cases.cases[i:i + batch]]
                 np.stack([np.repeat(pixels / np.float32(255), 4, axis=0) for pixels, _ in read])
                 np.stack([masks[:1].astype(np.float32) for _, masks in read])
 
         def stream(cases):
-            batches = training_data.ShuffledCases(cases).batches(batch)
-            return lambda: [training_data.to_floats(*next(batches)[:2], 4, DEVICE) for _ in range(count // batch)]
+            batches = stream.ShuffledCases(cases).batches(batch)
+            return lambda: [stream.to_floats(*next(batches)[:2], 4, DEVICE) for _ in range(count // batch)]
 
         variants = {"decoding the files of a case at every visit": (decode, count),
                     "the package, from memory": (stream(cases), count)}
-        datasets.MEMORY_BYTES = 0
+        cases.MEMORY_BYTES = 0
         variants["the package, from the file beside a larger data set"] = (
-            stream(datasets.SegmentationCases(folder, args.image_size)), count)
+            stream(SegmentationCases(folder, args.image_size)), count)
         rows = as_rows(race(args, variants), {"examples/s": lambda _, own: 1 / median(own)})
     return "Loading training examples", rows, f"{count} phantoms, five JPEG files each; one process."
 

@@ -13,16 +13,18 @@ import json
 from pathlib import Path
 
 import numpy as np
+from common import load_sampler
 from tqdm import tqdm
 
-from common import load_sampler
-from guided_diffusion import checkpoint, metrics, phantoms, storage
-from guided_diffusion.cli import run_script as run_main
-from guided_diffusion.datasets import FITS, SegmentationCases
-from guided_diffusion.evaluation import cell, markdown
+from guided_diffusion import checkpoint, metrics
+from guided_diffusion.commands.cli import run_script as run_main
+from guided_diffusion.data import phantoms
+from guided_diffusion.data.cases import FITS, SegmentationCases
+from guided_diffusion.data.masks import to_masks
 from guided_diffusion.respace import SPACINGS
-from guided_diffusion.sample_util import to_masks
 from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.scoring.evaluation import cell, markdown
+from guided_diffusion.system import storage
 
 
 def main():
@@ -131,7 +133,7 @@ def report(args, folder, rows):
 def draw(rows, keys):
     from matplotlib.figure import Figure
 
-    from guided_diffusion.plots import png
+    from guided_diffusion.draw.plots import png
 
     figure = Figure(figsize=(6 * len(keys), 5.5), layout="constrained")
     colours = dict(zip(SAMPLERS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")))

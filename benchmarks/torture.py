@@ -34,13 +34,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from common import ROOT
 from tqdm import tqdm
 
-from common import ROOT
-from guided_diffusion import checkpoint, phantoms, script_util, storage
-from guided_diffusion.cli import run_script as run_main
-from guided_diffusion.errors import InputError
-from guided_diffusion.evaluation import markdown
+from guided_diffusion import checkpoint, script_util
+from guided_diffusion.commands.cli import run_script as run_main
+from guided_diffusion.data import phantoms
+from guided_diffusion.scoring.evaluation import markdown
+from guided_diffusion.system import storage
+from guided_diffusion.system.errors import InputError
 
 TRAIN, SAMPLE = (ROOT / "scripts" / f"segmentation_{job}.py" for job in ("train", "sample"))
 STEPS, CASES = 24, 12

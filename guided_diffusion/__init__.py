@@ -6,7 +6,7 @@
 
 def __getattr__(name):
     if name == "Segmenter":  # loaded on use, so that importing a part of the library stays cheap
-        from .segmenter import Segmenter
+        from .sampling.segmenter import Segmenter
 
         return Segmenter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from . import logger, rank_watch
-from .errors import InputError
+from . import logger
+from .system import rank_watch
+from .system.errors import InputError
 
 watch = None  # the RankWatch of this process, if it is one of several
 _FOREVER = timedelta(days=365)  # ends a collective: never, since it is the watch that looks for ranks that hang

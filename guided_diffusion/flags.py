@@ -3,9 +3,9 @@
 import sys
 from typing import Any, NamedTuple
 
-from .errors import InputError
 from .respace import SPACINGS
 from .samplers import SAMPLERS
+from .system.errors import InputError
 
 
 class Flag(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import storage
+from .system import storage
 
 
 class Logger:

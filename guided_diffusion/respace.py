@@ -7,7 +7,6 @@ import torch
 
 from .gaussian_diffusion import GaussianDiffusion
 
-
 SPACINGS = ("uniform", "trailing", "quadratic", "logsnr")
 # where a mask of zeros and ones is decided: above, the noise hides hardly a pixel; below, it hides the whole
 LOGSNR_RANGE = (2.0, -6.0)

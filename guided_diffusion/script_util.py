@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from . import logger
-from .distribution import AxisAlignedConvGaussian
-from .errors import InputError
 from .flags import defaults, parse_numbers
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .methods.encoders import AxisAlignedConvGaussian
 from .respace import SpacedDiffusion, space_timesteps
+from .system.errors import InputError
 from .unet import SegmentationUNet
 
 NUM_CLASSES = 1000  # class labels of a class-conditional model, as in guided-diffusion

@@ -12,12 +12,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, dist_util, logger, storage, training_data
-from .errors import InputError
+from . import checkpoint, dist_util, logger
+from .data import stream
 from .nn import update_ema
-from .terminal import progress
-from .train_watch import BadSteps, Meter, SignalsNoted
-from .validation import Stopped
+from .system import storage
+from .system.errors import InputError
+from .system.terminal import progress
+from .training import saver
+from .training.validation import Stopped
+from .training.watch import BadSteps, Meter, SignalsNoted
 
 
 class TrainLoop:
@@ -28,7 +31,7 @@ class TrainLoop:
     moving averages cover the U-Net, the only network that sampling uses.
 
     :param cimd: the CIMD module, on its device.
-    :param data: a training_data.ShuffledCases.
+    :param data: a stream.ShuffledCases.
     :param validation: a validation.Validation, whose cases are drawn every sample_interval steps and at the end; None
         for never.
     :param batch_size: examples of this process in one step; microbatch: -1 or the size of the parts it is split into.
@@ -71,7 +74,7 @@ class TrainLoop:
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(cimd, device_ids=ids, gradient_as_bucket_view=True)
-        self.saver, self.save_patience = checkpoint.Saver(results_dir, keep_checkpoints), save_patience
+        self.saver, self.save_patience = saver.Saver(results_dir, keep_checkpoints), save_patience
         self.meter = Meter(cimd.diffusion.num_timesteps, self.device)
         self.bad_steps = BadSteps(max_bad_steps)
 
@@ -80,7 +83,7 @@ class TrainLoop:
     def run_step(self, image, mask, position):
         """One optimiser step on this rank's batch: image [N, C, H, W] and mask [N, 1, H, W], floats in [0, 1] on the
         device, and the N places of the examples in the stream."""
-        uniforms, noise = training_data.randomness(self.seed, position, mask)
+        uniforms, noise = stream.randomness(self.seed, position, mask)
         t, weights = (dist_util.to_device(x, self.device) for x in self.schedule_sampler.sample(uniforms))
         losses = self.forward_backward(image, mask, t, weights, noise)
         bad = self.optimize()
@@ -211,7 +214,7 @@ class TrainLoop:
         self.meter.waited += time.perf_counter() - start
         self._at(f"in step {self.step + 1}")
         channels = self.cimd.model.in_channels - mask.shape[1]
-        return *training_data.to_floats(image, mask, channels, self.device), position
+        return *stream.to_floats(image, mask, channels, self.device), position
 
     def log(self, scores, losses=True):
         """Log scores and, if asked to, the means of the losses; returns what fits beside a progress bar."""

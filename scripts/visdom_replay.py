@@ -1,36 +1,4 @@
-"""Show again on Visdom what a run has shown: send the visdom.log of its results folder to a server.
-
-    python scripts/visdom_replay.py --results_dir ./results --visdom start
-"""
-
-import os
-
-from guided_diffusion import logger, visdom_client
-from guided_diffusion.cli import parse_flags, results_folder, run_script
-from guided_diffusion.errors import InputError
-from guided_diffusion.monitor import recorded
-from guided_diffusion.terminal import progress
-
-
-def main():
-    args, _ = parse_flags("replay", __doc__)
-    if not args.visdom_port:
-        raise InputError("--visdom_port 0: nothing can be sent there; give the port of a server")
-    windows = recorded(os.path.join(results_folder(args), "visdom.log"))
-    address = visdom_client.split_address(args.visdom_server, args.visdom_port)
-    url = "{}:{}{}".format(*address)
-    if args.visdom == "start":
-        visdom_client.start_server(*address)
-    client = visdom_client.visdom_client("main", *address)
-    for content in progress(windows, "sending", unit="window"):
-        try:
-            client.post("events", content)
-        except OSError as error:
-            raise InputError(f"no Visdom server answers at {url} ({type(error).__name__}); start one with make visdom,"
-                             f" or give --visdom start") from None
-    for env in sorted({content["eid"] for content in windows}):
-        logger.log("watch it at", visdom_client.page(url, env))
-
+from guided_diffusion.commands.replay import run
 
 if __name__ == "__main__":
-    run_script(main)
+    run()

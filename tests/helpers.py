@@ -3,7 +3,7 @@
 import pytest
 
 from guided_diffusion import checkpoint, dist_util
-from guided_diffusion.errors import InputError
+from guided_diffusion.system.errors import InputError
 
 # flags of a U-Net and a diffusion process that train and sample in a moment
 MODEL = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8",

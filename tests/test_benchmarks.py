@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from guided_diffusion import checkpoint, metrics, phantoms, script_util
+from guided_diffusion import checkpoint, metrics, script_util
+from guided_diffusion.data import phantoms
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from test_datasets import problems_of, save
 
-from guided_diffusion.datasets import SegmentationCases
+from guided_diffusion.data.cases import SegmentationCases
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16

@@ -14,8 +14,9 @@ import torch
 from helpers import refusal
 from torch import nn
 
-from guided_diffusion import checkpoint, storage
-from guided_diffusion.errors import InputError
+from guided_diffusion import checkpoint
+from guided_diffusion.system import storage
+from guided_diffusion.system.errors import InputError
 
 
 def network(width=3):

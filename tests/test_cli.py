@@ -7,12 +7,12 @@ import pytest
 import torch
 from helpers import refusal
 
-from guided_diffusion import cli
-from guided_diffusion.cli import parse_flags
+from guided_diffusion.commands import cli
+from guided_diffusion.commands.cli import parse_flags
+from guided_diffusion.flags import apply_stored_flags, pick, stored_flags
 from guided_diffusion.gaussian_diffusion import ModelVarType
 from guided_diffusion.respace import SPACINGS
 from guided_diffusion.samplers import SAMPLERS
-from guided_diffusion.flags import apply_stored_flags, pick, stored_flags
 from guided_diffusion.script_util import BEST, autocast_dtype, choose_sampler, create_gaussian_diffusion, create_model
 
 TRAINING, SAMPLING, EVALUATION = "training", "sampling", "evaluation"

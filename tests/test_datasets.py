@@ -14,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion import datasets, dist_util, errors, terminal
-from guided_diffusion.datasets import SegmentationCases
-from guided_diffusion.decoded_file import DecodedFile
-from guided_diffusion.errors import InputError
-from guided_diffusion.training_data import ShuffledCases, to_floats
+from guided_diffusion import dist_util
+from guided_diffusion.data import cases as data_cases
+from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.data.decoded_file import DecodedFile
+from guided_diffusion.data.stream import ShuffledCases, to_floats
+from guided_diffusion.system import errors, terminal
+from guided_diffusion.system.errors import InputError
 
 SIZE = 16
 
@@ -419,7 +421,7 @@ def open_large(monkeypatch):
 
     def open_cases(*args, **kwargs):
         with monkeypatch.context() as context:
-            context.setattr(datasets, "MEMORY_BYTES", 0)
+            context.setattr(data_cases, "MEMORY_BYTES", 0)
             return SegmentationCases(*args, **kwargs)
 
     return open_cases
@@ -428,8 +430,9 @@ def open_large(monkeypatch):
 @pytest.fixture
 def decoded_names(monkeypatch):
     """The names of the cases that are decoded, one after another."""
-    names, original = [], datasets.read_case
-    monkeypatch.setattr(datasets, "read_case", lambda files, *args: names.append(files.name) or original(files, *args))
+    names, original = [], data_cases.read_case
+    monkeypatch.setattr(data_cases, "read_case",
+                        lambda files, *args: names.append(files.name) or original(files, *args))
     return names
 
 
@@ -468,7 +471,7 @@ def test_data_sets_up_to_the_limit_are_kept_in_memory(make_cases, tmp_path, monk
     make_cases(tmp_path, 9, raters=3)
     needed = 9 * (SIZE ** 2 + 3 * SIZE ** 2 // 8)
     for limit, kept in ((needed, "in memory"), (needed - 1, f"decoded in {tmp_path}")):
-        monkeypatch.setattr(datasets, "MEMORY_BYTES", limit)
+        monkeypatch.setattr(data_cases, "MEMORY_BYTES", limit)
         assert SegmentationCases(tmp_path, SIZE).kept.startswith(kept)
 
 
@@ -484,7 +487,7 @@ def bars(monkeypatch):
         if enabled and total:
             shown.append((desc, count, total, unit))
 
-    monkeypatch.setattr(datasets, "progress", record)
+    monkeypatch.setattr(data_cases, "progress", record)
     return shown
 
 
@@ -649,14 +652,14 @@ def test_a_bad_picture_among_good_ones_leaves_no_file_and_each_is_named(mixed, o
 
 OPEN = """
 import hashlib, sys
-from guided_diffusion import datasets
+from guided_diffusion.data import cases as data_cases
 
-reads, original = [], datasets.read_case
-datasets.read_case = lambda *args: reads.append(1) or original(*args)
-datasets.MEMORY_BYTES = 0
+reads, original = [], data_cases.read_case
+data_cases.read_case = lambda *args: reads.append(1) or original(*args)
+data_cases.MEMORY_BYTES = 0
 print("ready", flush=True)
 sys.stdin.readline()
-cases = datasets.SegmentationCases(sys.argv[1], int(sys.argv[2]))
+cases = data_cases.SegmentationCases(sys.argv[1], int(sys.argv[2]))
 digest = hashlib.sha256()
 for case in cases:
     digest.update(case.name.encode() + case.image.tobytes() + case.masks.tobytes())

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from guided_diffusion import decoded_file
-from guided_diffusion.decoded_file import DecodedFile
+from guided_diffusion.data import decoded_file
+from guided_diffusion.data.decoded_file import DecodedFile
 
 
 def random_records(count=20, seed=0, largest=9):

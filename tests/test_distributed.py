@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from guided_diffusion import checkpoint, dist_util, script_util
-from guided_diffusion.errors import InputError
+from guided_diffusion.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 TRAIN, SAMPLE = (str(ROOT / "scripts" / f"segmentation_{job}.py") for job in ("train", "sample"))
@@ -30,7 +30,7 @@ import sys
 import numpy as np
 import torch
 from guided_diffusion import checkpoint, dist_util
-from guided_diffusion.errors import InputError
+from guided_diffusion.system.errors import InputError
 from guided_diffusion.resample import create_named_schedule_sampler
 
 dist_util.setup_dist()
@@ -174,12 +174,12 @@ def read_until(stream, word):
 
 INTERRUPTED = """
 import runpy, signal, sys, time
-from guided_diffusion import datasets
+from guided_diffusion.data import cases as data_cases
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
 if sys.argv[1] == "slow":
-    read = datasets.SegmentationCases.compact
-    datasets.SegmentationCases.compact = lambda self, i: (time.sleep(1), read(self, i))[1]
+    read = data_cases.SegmentationCases.compact
+    data_cases.SegmentationCases.compact = lambda self, i: (time.sleep(1), read(self, i))[1]
 del sys.argv[:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

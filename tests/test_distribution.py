@@ -8,9 +8,9 @@ from torch import nn
 from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
-from guided_diffusion.distribution import AxisAlignedConvGaussian
-from guided_diffusion.errors import InputError
+from guided_diffusion.methods.encoders import AxisAlignedConvGaussian
 from guided_diffusion.script_util import create_encoders
+from guided_diffusion.system.errors import InputError
 
 
 def inputs(n=3, channels=4, size=(16, 16), seed=0, dtype=torch.float32):

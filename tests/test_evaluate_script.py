@@ -10,10 +10,12 @@ import pytest
 from helpers import refusal
 from PIL import Image
 
-from guided_diffusion import metrics, plots, terminal
-from guided_diffusion.datasets import SegmentationCases, find_cases
-from guided_diffusion.errors import InputError
-from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
+from guided_diffusion import metrics
+from guided_diffusion.data.cases import SegmentationCases, find_cases
+from guided_diffusion.draw import plots
+from guided_diffusion.scoring.ensemble_folder import EnsembleFolder, read_scored_case
+from guided_diffusion.system import terminal
+from guided_diffusion.system.errors import InputError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "segmentation_evaluate.py"
 FILES = ["best.png", "report.html", "scores.csv", "scores.json", "scores.png", "worst.png"]

@@ -17,8 +17,10 @@ import pytest
 from helpers import gather_into, refusal
 from PIL import Image
 
-from guided_diffusion import evaluation, metrics, montage, plots
-from guided_diffusion.evaluation import Evaluation, report, sub_ensemble_sizes
+from guided_diffusion import metrics
+from guided_diffusion.draw import montage, plots
+from guided_diffusion.scoring import evaluation
+from guided_diffusion.scoring.evaluation import Evaluation, report, sub_ensemble_sizes
 
 SIDE = 12
 NAMES = ["GED", "GED_unbiased", "HM_IoU", "D_max", "S_c", "D_a", "CI", "soft_Dice", "ECE", "diversity",

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from guided_diffusion.cli import JOBS, parse_flags
-from guided_diffusion.datasets import SegmentationCases, find_cases
-from guided_diffusion.ensemble_folder import EnsembleFolder, read_scored_case
-from guided_diffusion.errors import InputError
+from guided_diffusion.commands.cli import JOBS, parse_flags
+from guided_diffusion.data.cases import SegmentationCases, find_cases
 from guided_diffusion.flags import FLAGS, pick
+from guided_diffusion.scoring.ensemble_folder import EnsembleFolder, read_scored_case
 from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
+from guided_diffusion.system.errors import InputError
 
 SIZE = 16
 fuzz = settings(max_examples=200, deadline=None, derandomize=True, database=None,

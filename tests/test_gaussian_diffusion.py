@@ -9,11 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import (
-    GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule,
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
 )
 from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.system.errors import InputError
 
 # Betas so large that every quantity is far from 0 and 1, and none equals another by chance.
 BETAS = [0.11, 0.07, 0.2, 0.31, 0.26]

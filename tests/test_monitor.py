@@ -19,9 +19,9 @@ from PIL import Image
 from visdom_servers import PATIENCE, Server, free_port, points, wait_for, windows_of
 
 from guided_diffusion import logger
-from guided_diffusion.monitor import Monitor, recorded
-from guided_diffusion.visdom_client import visdom_client
-from guided_diffusion.visdom_windows import Curves, Picture, Text
+from guided_diffusion.live.client import visdom_client
+from guided_diffusion.live.monitor import Monitor, recorded
+from guided_diffusion.live.windows import Curves, Picture, Text
 
 IMPORTS = """
 import sys
@@ -35,7 +35,7 @@ import guided_diffusion
 
 for module in pkgutil.iter_modules(guided_diffusion.__path__):
     importlib.import_module("guided_diffusion." + module.name)
-assert "guided_diffusion.monitor" in sys.modules and "guided_diffusion.dist_util" in sys.modules
+assert "guided_diffusion.live.monitor" in sys.modules and "guided_diffusion.dist_util" in sys.modules
 import torch.distributed
 
 print(sorted({"visdom", "mpi4py", "blobfile"} & set(sys.modules)), torch.distributed.is_initialized(),
@@ -287,8 +287,8 @@ def test_server_that_hangs_holds_nothing_up_and_gets_all_when_it_goes_on(server,
 def test_a_server_is_started_if_asked_for_and_stays(environment, tmp_path):
     port = free_port()
     code = f"""
-from guided_diffusion.monitor import Monitor
-from guided_diffusion.visdom_windows import Curves
+from guided_diffusion.live.monitor import Monitor
+from guided_diffusion.live.windows import Curves
 curves = Curves("loss", ["loss"])
 monitor = Monitor("started", [curves], port={port}, start=True)
 curves.add(1, {{"loss": 1.0}})
@@ -305,7 +305,7 @@ monitor.close({PATIENCE})
             with pytest.raises(OSError):
                 socket.create_connection((address, port), timeout=2)
     finally:
-        for process in processes_with("guided_diffusion.visdom_server", str(port)):
+        for process in processes_with("guided_diffusion.live.server", str(port)):
             os.kill(process, signal.SIGKILL)
 
 

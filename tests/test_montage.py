@@ -8,10 +8,22 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from guided_diffusion import metrics, montage
-from guided_diffusion.datasets import Case
-from guided_diffusion.montage import (
-    ENSEMBLE, IN_PANEL, LARGE, MARGIN, OUTLINES, SMALL, case_montage, film, panel, png, stack)
+from guided_diffusion import metrics
+from guided_diffusion.data.cases import Case
+from guided_diffusion.draw import montage
+from guided_diffusion.draw.montage import (
+    ENSEMBLE,
+    IN_PANEL,
+    LARGE,
+    MARGIN,
+    OUTLINES,
+    SMALL,
+    case_montage,
+    film,
+    panel,
+    png,
+    stack,
+)
 
 FRAME = (170, 170, 170)  # every cell has a frame of this colour
 YELLOW, VIOLET = (253, 231, 37), (68, 1, 84)

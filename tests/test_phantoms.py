@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion import terminal
-from guided_diffusion.errors import InputError
-from guided_diffusion.phantoms import CHOICES, choice_probabilities, load_truth, make_phantom, write_case, write_cases
+from guided_diffusion.data.phantoms import (
+    CHOICES,
+    choice_probabilities,
+    load_truth,
+    make_phantom,
+    write_case,
+    write_cases,
+)
+from guided_diffusion.system import terminal
+from guided_diffusion.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {"training": (24, 3), "testing": (8, 8)}  # folder: (cases, seed), as in scripts/make_phantoms.py

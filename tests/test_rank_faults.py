@@ -20,8 +20,9 @@ from test_distributed import MPIEXEC, PATIENCE, TRAIN, free_port, read_until, tr
 from test_scripts import same_weights
 from test_train_util import WALL_CLOCK, assert_same, logged
 
-from guided_diffusion import checkpoint, dist_util, rank_watch, script_util
-from guided_diffusion.errors import InputError
+from guided_diffusion import checkpoint, dist_util, script_util
+from guided_diffusion.system import rank_watch
+from guided_diffusion.system.errors import InputError
 
 WORKER = """
 import sys, time

@@ -11,8 +11,8 @@ import pytest
 from helpers import MODEL
 
 from guided_diffusion import Segmenter
-from guided_diffusion.cli import parse_flags
-from guided_diffusion.sample_util import case_files
+from guided_diffusion.commands.cli import parse_flags
+from guided_diffusion.sampling.files import case_files
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 JOBS = {"segmentation_train": "training", "segmentation_sample": "sampling", "segmentation_evaluate": "evaluation",

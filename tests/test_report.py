@@ -13,8 +13,9 @@ from browser import start
 from helpers import gather_into
 from PIL import Image
 
-from guided_diffusion import metrics, montage, plots, report
-from guided_diffusion.evaluation import Evaluation
+from guided_diffusion import metrics
+from guided_diffusion.draw import montage, plots, report
+from guided_diffusion.scoring.evaluation import Evaluation
 
 SIDE = 12
 NAMES = ["a1-0", "b2", "<script>alert(1)<", 'c"3\'&amp;<b>', "]]>--><!--"]

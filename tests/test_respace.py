@@ -10,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guided_diffusion.gaussian_diffusion import (
-    GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule,
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
 )
 from guided_diffusion.respace import SPACINGS, SpacedDiffusion, space_timesteps, spread_timesteps
 from guided_diffusion.script_util import create_gaussian_diffusion

@@ -11,10 +11,13 @@ import torch
 from helpers import refusal
 from PIL import Image
 
-from guided_diffusion import sample_util
-from guided_diffusion.datasets import Case
-from guided_diffusion.sample_util import EnsembleSampler, MemberNoise, is_complete, to_masks, write_case
+from guided_diffusion.data.cases import Case
+from guided_diffusion.data.masks import to_masks
+from guided_diffusion.data.noise import MemberNoise
 from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.sampling import ensembles, files
+from guided_diffusion.sampling.ensembles import EnsembleSampler
+from guided_diffusion.sampling.files import is_complete, write_case
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 
 SIZE = 16
@@ -273,7 +276,7 @@ def test_time_of_a_call_leaves_out_the_first(model, diffusion, cases, monkeypatc
     """Which also chooses algorithms: here it takes 10 seconds, and the second call 2."""
     clock, takes = [0.0], iter([10, 2])
     hook = model.register_forward_hook(lambda module, args, output: clock.append(clock[-1] + next(takes)))
-    monkeypatch.setattr(sample_util.time, "perf_counter", lambda: clock[-1])
+    monkeypatch.setattr(ensembles.time, "perf_counter", lambda: clock[-1])
     try:
         assert EnsembleSampler(model, diffusion).seconds_a_call(cases[0].image) == 2
     finally:
@@ -428,14 +431,14 @@ def test_other_arrays_do_not_count_as_samples(written):
 def test_fingerprint_changes_with_the_scan_and_every_setting(cases):
     case = cases[0]
     settings = {"seed": 0, "image_size": 16, "model": "0" * 64, "sampler": "ancestral"}
-    fingerprint = sample_util.fingerprint(case, **settings)
-    assert sample_util.fingerprint(case, **dict(reversed(settings.items()))) == fingerprint
-    assert sample_util.fingerprint(case._replace(masks=case.masks[:0]), **settings) == fingerprint
+    fingerprint = files.fingerprint(case, **settings)
+    assert files.fingerprint(case, **dict(reversed(settings.items()))) == fingerprint
+    assert files.fingerprint(case._replace(masks=case.masks[:0]), **settings) == fingerprint
     brighter = case.image.copy()
     brighter[0, 3, 3] += 1 / 255
-    others = [sample_util.fingerprint(case._replace(image=brighter), **settings)]
+    others = [files.fingerprint(case._replace(image=brighter), **settings)]
     for name, value in (("seed", 1), ("image_size", 32), ("model", "1" * 64), ("sampler", "ddim"), ("new", 1)):
-        others.append(sample_util.fingerprint(case, **{**settings, name: value}))
+        others.append(files.fingerprint(case, **{**settings, name: value}))
     assert len({fingerprint, *others}) == 1 + len(others)
 
 
@@ -476,7 +479,7 @@ def test_automatic_batch_size_is_what_fits_and_one_row_that_does_not_is_an_error
 
 def test_writer_runs_everything_in_order_beside_the_caller():
     done, gate = [], threading.Event()
-    with sample_util.BackgroundWriter(most_waiting=5) as write:
+    with files.BackgroundWriter(most_waiting=5) as write:
         write(gate.wait)
         for i in range(3):
             write(done.append, i)
@@ -491,8 +494,8 @@ def test_an_error_of_the_writer_reaches_the_caller():
     def fail():
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), sample_util.BackgroundWriter() as write:
+    with pytest.raises(OSError, match="disk full"), files.BackgroundWriter() as write:
         write(fail)
-    with pytest.raises(OSError, match="disk full"), sample_util.BackgroundWriter(most_waiting=1) as write:
+    with pytest.raises(OSError, match="disk full"), files.BackgroundWriter(most_waiting=1) as write:
         for _ in range(10):
             write(fail)

@@ -16,10 +16,15 @@ import pytest
 import torch
 from helpers import refusal
 
-from guided_diffusion import checkpoint, datasets, decoded_file, pictures, plots, sample_util, storage
-from guided_diffusion.datasets import Case, SegmentationCases
-from guided_diffusion.errors import InputError
-from guided_diffusion.sample_util import is_complete, kept_file, kept_masks, keep_masks
+from guided_diffusion import checkpoint
+from guided_diffusion.data import cases as data_cases
+from guided_diffusion.data import decoded_file, pictures
+from guided_diffusion.data.cases import Case, SegmentationCases
+from guided_diffusion.draw import plots
+from guided_diffusion.sampling import ensembles, files
+from guided_diffusion.sampling.files import is_complete, keep_masks, kept_file, kept_masks
+from guided_diffusion.system import storage
+from guided_diffusion.system.errors import InputError
 
 SAMPLE = str(Path(__file__).parents[1] / "scripts" / "segmentation_sample.py")
 SIZE, SCORES = 16, ["best.png", "report.html", "scores.csv", "scores.json", "scores.png", "worst.png"]
@@ -67,7 +72,7 @@ def truncate(path):
 def kept(request, monkeypatch, data):
     """Where decoded cases are kept."""
     if request.param != "in memory":
-        monkeypatch.setattr(datasets, "MEMORY_BYTES", 0)
+        monkeypatch.setattr(data_cases, "MEMORY_BYTES", 0)
     if request.param == "at every visit":
         (data / f".decoded_{SIZE}_error").mkdir()
     return request.param
@@ -119,16 +124,16 @@ def test_num_samples_counts_the_cases_that_cannot_be_read(sample, data):
 
 @pytest.mark.parametrize("flag", [[], ["--evaluate", "True"]])
 def test_a_file_lost_while_others_are_drawn_costs_its_case_alone(sample, data, monkeypatch, undrawn, flag):
-    monkeypatch.setattr(datasets, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(data_cases, "MEMORY_BYTES", 0)
     (data / f".decoded_{SIZE}_error").mkdir()
-    original = sample_util.EnsembleSampler.ensembles
+    original = ensembles.EnsembleSampler.ensembles
 
     def losing(self, *args):
         truncate(data / "case1" / "image_1.png")
         return original(self, *args)
 
     with monkeypatch.context() as context:
-        context.setattr(sample_util.EnsembleSampler, "ensembles", losing)
+        context.setattr(ensembles.EnsembleSampler, "ensembles", losing)
         result = sample("results", *flag)
     assert result.code == 2 and result.err.count("\n") == 1 and "left out" not in result.out
     assert "image_1.png: cannot be read" in result.err and "all other cases (3) are complete" in result.err
@@ -158,7 +163,7 @@ def test_places_of_bad_cases_are_kept_and_say_what_is_wrong(data, kept):
 
 
 def test_a_decoded_file_that_lacks_cases_is_completed_by_those_that_can_be_read_again(data, monkeypatch):
-    monkeypatch.setattr(datasets, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(data_cases, "MEMORY_BYTES", 0)
     whole, decode = list(SegmentationCases(data, SIZE)), pictures.decode
     (data / f".decoded_{SIZE}_error").unlink()
 
@@ -178,8 +183,8 @@ def test_a_decoded_file_that_lacks_cases_is_completed_by_those_that_can_be_read_
 
 FAILING = """
 import os, runpy, sys
-from guided_diffusion import datasets, pictures
-from guided_diffusion.errors import InputError
+from guided_diffusion.data import pictures
+from guided_diffusion.system.errors import InputError
 
 decode, bad = pictures.decode, {"0": "case0", "1": "case2"}[os.environ["RANK"]]
 
@@ -322,7 +327,7 @@ def test_an_ensemble_is_not_complete_once_a_file_of_it_is_of_another(sample, mon
 def stopped(sample, monkeypatch, folder, after, *flags):
     """Score, and end as by a kill when so many cases have been kept."""
     with monkeypatch.context() as context, pytest.raises(Killed):
-        context.setattr(sample_util, "keep_masks", killing(keep_masks, after + 1))
+        context.setattr(files, "keep_masks", killing(keep_masks, after + 1))
         sample(folder, "--evaluate", "True", *flags)
 
 
@@ -392,7 +397,7 @@ def written(tmp_path):
     """A complete case of shape (2, 16, 16), and the path of its samples."""
     case = Case("a", np.zeros((1, SIZE, SIZE), np.float32), np.zeros((0, SIZE, SIZE), bool))
     samples = np.random.default_rng(0).random((2, SIZE, SIZE)).astype(np.float32)
-    sample_util.write_case(tmp_path, case, samples, fingerprint="f")
+    files.write_case(tmp_path, case, samples, fingerprint="f")
     return tmp_path / "a_ensemble.npz"
 
 
@@ -478,7 +483,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_more_room_lets_it_go_on(sample
 
 def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(sample, disk, monkeypatch, tmp_path):
     disk("size=10m")
-    write, written = sample_util.write_case, []
+    write, written = files.write_case, []
 
     def failing(*args):
         written.append(args[1].name)
@@ -487,7 +492,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(sample, disk, 
         write(*args)
 
     with monkeypatch.context() as context:
-        context.setattr(sample_util, "write_case", failing)
+        context.setattr(files, "write_case", failing)
         result = sample("results")
     assert ended_well(result, "results/case2_") and "Read-only" in result.err, result.err
     assert {name.split("_")[0] for name in tree("results")} == {"case0", "case1"}

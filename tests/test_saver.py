@@ -11,9 +11,10 @@ import pytest
 import torch
 from test_train_util import make_cimd, make_loop, weights
 
-from guided_diffusion import checkpoint, storage
-from guided_diffusion.checkpoint import Saver
-from guided_diffusion.errors import InputError
+from guided_diffusion import checkpoint
+from guided_diffusion.system import storage
+from guided_diffusion.system.errors import InputError
+from guided_diffusion.training.saver import Saver
 
 
 def files(step, value):

@@ -12,7 +12,11 @@ from helpers import refusal
 
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from guided_diffusion.script_util import (
-    compile_network, create_encoders, create_gaussian_diffusion, create_model, create_model_and_diffusion,
+    compile_network,
+    create_encoders,
+    create_gaussian_diffusion,
+    create_model,
+    create_model_and_diffusion,
 )
 
 TINY = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8",

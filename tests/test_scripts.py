@@ -18,7 +18,8 @@ from conftest import ROOT
 from helpers import MODEL
 from PIL import Image
 
-from guided_diffusion import checkpoint, logger, script_util, storage
+from guided_diffusion import checkpoint, logger, script_util
+from guided_diffusion.system import storage
 
 TRAIN, SAMPLE = "segmentation_train.py", "segmentation_sample.py"
 KINDS = ["ensemble.npz", "mean.png", "montage.png", "output0.png", "output1.png", "std.png"]  # of 2 members

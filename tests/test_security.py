@@ -21,12 +21,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train_util import make_cimd, make_loop, next_floats
 
-from guided_diffusion import checkpoint, phantoms, sample_util
-from guided_diffusion.datasets import Case, SegmentationCases
-from guided_diffusion.ensemble_folder import EnsembleFolder
-from guided_diffusion.errors import InputError
+from guided_diffusion import checkpoint
+from guided_diffusion.data import phantoms
+from guided_diffusion.data.cases import Case, SegmentationCases
 from guided_diffusion.resample import LossSecondMomentResampler
-from guided_diffusion.segmenter import Segmenter
+from guided_diffusion.sampling import files
+from guided_diffusion.sampling.segmenter import Segmenter
+from guided_diffusion.scoring.ensemble_folder import EnsembleFolder
+from guided_diffusion.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,11 +166,11 @@ def test_no_reader_of_a_file_runs_an_attack(tmp_path, form, kind):
     FORMS[form](Attack(kind, marker), path)
     for read in (checkpoint.load, phantoms.load_truth):
         assert str(path) in refusal(read, path if read is checkpoint.load else tmp_path)
-    for name in sample_util.case_files("a", 1):
+    for name in files.case_files("a", 1):
         (tmp_path / name).write_bytes(path.read_bytes())
-    Path(sample_util.kept_file(tmp_path, "a")).write_bytes(path.read_bytes())
-    assert not sample_util.is_complete(str(tmp_path), "a", (1, 2, 1), "")
-    assert sample_util.kept_masks(str(tmp_path), "a", (1, 2, 1), "") is None
+    Path(files.kept_file(tmp_path, "a")).write_bytes(path.read_bytes())
+    assert not files.is_complete(str(tmp_path), "a", (1, 2, 1), "")
+    assert files.kept_masks(str(tmp_path), "a", (1, 2, 1), "") is None
     assert not marker.exists()
 
 
@@ -419,8 +421,10 @@ DOORS = {"checkpoint": "file", "flags": "flags.json", "truth": "truth.npz", "ens
 CONFINED = """
 import json, resource, sys
 from pathlib import Path
-from guided_diffusion import checkpoint, phantoms, sample_util
-from guided_diffusion.errors import InputError
+from guided_diffusion import checkpoint
+from guided_diffusion.data import phantoms
+from guided_diffusion.sampling import files
+from guided_diffusion.system.errors import InputError
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -441,8 +445,8 @@ doors = {
     "checkpoint": lambda folder: checkpoint.load(folder / "file"),
     "flags": lambda folder: checkpoint.load_flags(folder),
     "truth": phantoms.load_truth,
-    "ensemble": lambda folder: sample_util.is_complete(str(folder), "a", (1, 64, 64), "x") or None,
-    "masks": lambda folder: sample_util.kept_masks(str(folder), "a", (1, 64, 64), "x"),
+    "ensemble": lambda folder: files.is_complete(str(folder), "a", (1, 64, 64), "x") or None,
+    "masks": lambda folder: files.kept_masks(str(folder), "a", (1, 64, 64), "x"),
 }
 print(json.dumps({folder.name: {name: attempt(lambda: read(folder)) for name, read in doors.items()}
                   for folder in sorted(Path(sys.argv[1]).iterdir())}))
@@ -458,7 +462,7 @@ def outcomes(tmp_path_factory):
         folder.mkdir()
         data = BOMBS[bomb]() if bomb in BOMBS else b""
         assert len(data) < HUGE / 20
-        for name in (*sample_util.case_files("a", 1), *DOORS.values()):
+        for name in (*files.case_files("a", 1), *DOORS.values()):
             (folder / name).unlink(missing_ok=True)
             if bomb == "link to /dev/zero":
                 (folder / name).symlink_to("/dev/zero")
@@ -492,7 +496,7 @@ def test_what_claims_more_than_it_holds_is_refused_with_little_memory(outcomes, 
     [[0, 1, 1 << 40, 0, 2, 32]] * 2, [["0", 1, 1, 16, 2, 32]] * 2, [[0, 1, 1]], [], {}, None,
     [[0, 1, 1, 16, 2, 1e300]] * 2, [[0, 1, 1, 16, 2, 10 ** 400]] * 2, "[" * 100_000])
 def test_decoded_file_with_an_absurd_index_is_made_anew(tmp_path, make_cases, monkeypatch, records):
-    monkeypatch.setattr("guided_diffusion.datasets.MEMORY_BYTES", 0)
+    monkeypatch.setattr("guided_diffusion.data.cases.MEMORY_BYTES", 0)
     data = make_cases(tmp_path / "data")
     whole = SegmentationCases(data, 16)
     path = data / ".decoded_16_error"
@@ -526,7 +530,7 @@ def link_all(folder, outside, names):
 def test_results_replace_links_and_never_follow_them(tmp_path, outside, trained, run, make_cases):
     data, results = make_cases(tmp_path / "data", count=1), tmp_path / "results"
     results.mkdir()
-    link_all(results, outside, [*sample_util.case_files("case0", 1), "scores.csv", "scores.json", "scores.png",
+    link_all(results, outside, [*files.case_files("case0", 1), "scores.csv", "scores.json", "scores.png",
                                 "best.png", "worst.png", "report.html"])
     before = tree(outside)
     result = run("segmentation_sample.py", "--data_dir", data, "--results_dir", results, "--num_ensemble", 1,
@@ -549,7 +553,7 @@ def test_training_never_writes_through_a_link(tmp_path, outside, train):
 
 
 def test_decoded_file_is_never_written_through_a_link(tmp_path, outside, make_cases, monkeypatch):
-    monkeypatch.setattr("guided_diffusion.datasets.MEMORY_BYTES", 0)
+    monkeypatch.setattr("guided_diffusion.data.cases.MEMORY_BYTES", 0)
     data, before = make_cases(tmp_path / "data"), tree(outside)
     link_all(data, outside, [f".decoded_16_error{end}" for end in ("", ".part", ".lock")])
     assert len(list(SegmentationCases(data, 16))) == 2
@@ -561,7 +565,7 @@ def test_case_of_a_name_that_leads_elsewhere_is_not_written(tmp_path, name):
     (tmp_path / "results" / "a").mkdir(parents=True)
     case = Case(name.format(tmp=tmp_path), np.zeros((1, 8, 8), np.float32), np.zeros((0, 8, 8), bool))
     before = tree(tmp_path)
-    refusal(sample_util.write_case, str(tmp_path / "results"), case, np.zeros((1, 8, 8), np.float32))
+    refusal(files.write_case, str(tmp_path / "results"), case, np.zeros((1, 8, 8), np.float32))
     assert tree(tmp_path) == before
 
 

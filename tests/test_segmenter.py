@@ -10,10 +10,10 @@ from helpers import MODEL, refusal
 from PIL import Image
 
 from guided_diffusion import Segmenter
-from guided_diffusion.datasets import Case
-from guided_diffusion.errors import InputError
+from guided_diffusion.data.cases import Case
+from guided_diffusion.sampling.segmenter import Ensemble
 from guided_diffusion.script_util import BEST
-from guided_diffusion.segmenter import Ensemble
+from guided_diffusion.system.errors import InputError
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from guided_diffusion import samplers
+from guided_diffusion.data.noise import MemberNoise
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion
-from guided_diffusion.sample_util import MemberNoise
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.script_util import create_gaussian_diffusion
 

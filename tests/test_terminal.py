@@ -9,8 +9,8 @@ import termios
 
 import pytest
 
-from guided_diffusion import terminal
-from guided_diffusion.terminal import duration, progress, summary
+from guided_diffusion.system import terminal
+from guided_diffusion.system.terminal import duration, progress, summary
 
 
 @pytest.fixture

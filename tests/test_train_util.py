@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from guided_diffusion import checkpoint, logger, storage
-from guided_diffusion.cimd import CIMD
-from guided_diffusion.datasets import Case
-from guided_diffusion.errors import InputError
+from guided_diffusion import checkpoint, logger
+from guided_diffusion.data.cases import Case
+from guided_diffusion.data.stream import ShuffledCases, to_floats
+from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
+from guided_diffusion.system import storage
+from guided_diffusion.system.errors import InputError
 from guided_diffusion.train_util import TrainLoop
-from guided_diffusion.training_data import ShuffledCases, to_floats
-from guided_diffusion.validation import Stopped
+from guided_diffusion.training.validation import Stopped
 
 SIZE = 16
 WALL_CLOCK = {"seconds", "images_per_second", "waiting_for_data", "memory_gb"}  # of the log

@@ -9,9 +9,9 @@ from helpers import refusal
 from test_train_util import awake, batch, make_cases, make_cimd, make_loop, weights
 
 from guided_diffusion import checkpoint
-from guided_diffusion.errors import InputError
 from guided_diffusion.resample import LossSecondMomentResampler
-from guided_diffusion.train_watch import BadSteps, Meter
+from guided_diffusion.system.errors import InputError
+from guided_diffusion.training.watch import BadSteps, Meter
 
 
 def spoil(loop, steps, rows=(1,), value=float("nan")):

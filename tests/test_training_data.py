@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.datasets import read_ahead
-from guided_diffusion.errors import InputError
-from guided_diffusion.training_data import ShuffledCases
+from guided_diffusion.data.cases import read_ahead
+from guided_diffusion.data.stream import ShuffledCases
+from guided_diffusion.system.errors import InputError
 
 
 class Numbered:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import checkpoint
-from guided_diffusion.errors import InputError
 from guided_diffusion.script_util import create_model
+from guided_diffusion.system.errors import InputError
 from guided_diffusion.unet import AttentionBlock, ResBlock, UNetModel
 
 SMALL = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=2,

@@ -5,9 +5,11 @@ import pytest
 import torch
 from helpers import MODEL
 
-from guided_diffusion import metrics, sample_util, script_util
-from guided_diffusion.datasets import SegmentationCases
-from guided_diffusion.validation import SCORED, SHOWN, Stopped, Validation
+from guided_diffusion import metrics, script_util
+from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.data.masks import to_masks
+from guided_diffusion.sampling import ensembles
+from guided_diffusion.training.validation import SCORED, SHOWN, Stopped, Validation
 
 
 @pytest.fixture
@@ -40,8 +42,8 @@ def test_cases_are_spread_over_all_and_always_the_same(cases):
 def test_masks_are_those_that_sampling_draws(cases, model, scored, members):
     validation = Validation(cases, process(), "dpm++sde", 2, seed=3, scored=scored)
     drawn = validation.draw(lambda: model)
-    sampler = sample_util.EnsembleSampler(model, process(), batch_size=5, seed=3, sampler="dpm++sde")
-    wanted = [sample_util.to_masks(samples) for _, samples in sampler.ensembles([cases[0], cases[5]], members)]
+    sampler = ensembles.EnsembleSampler(model, process(), batch_size=5, seed=3, sampler="dpm++sde")
+    wanted = [to_masks(samples) for _, samples in sampler.ensembles([cases[0], cases[5]], members)]
     assert len(drawn) == 2
     for ours, theirs in zip(drawn, wanted):
         assert ours.dtype == bool and ours.shape == theirs.shape

@@ -14,10 +14,14 @@ from helpers import MODEL
 from PIL import Image
 from visdom_servers import PATIENCE, Server, points, wait_for
 
-from guided_diffusion import checkpoint, flags, logger, metrics, montage, sample_util, script_util, views
-from guided_diffusion.datasets import SegmentationCases
-from guided_diffusion.monitor import recorded
-from guided_diffusion.views import ProgressPicture
+from guided_diffusion import checkpoint, flags, logger, metrics, script_util
+from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.data.masks import to_masks
+from guided_diffusion.draw import montage
+from guided_diffusion.live import views
+from guided_diffusion.live.monitor import recorded
+from guided_diffusion.live.views import ProgressPicture
+from guided_diffusion.sampling import ensembles
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +144,7 @@ def test_sampling_shows_the_way_the_cases_and_their_scores(server, run, make_cas
     ged = []
     for case in SegmentationCases(data, 16):
         with np.load(folder / f"{case.name}_ensemble.npz") as stored:
-            ged.append(metrics.Agreement(sample_util.to_masks(stored["samples"]), case.masks).ged().item())
+            ged.append(metrics.Agreement(to_masks(stored["samples"]), case.masks).ged().item())
     assert points(windows["mean GED of the cases so far"]) == [
         (k, pytest.approx(np.mean(ged[:k]))) for k in range(1, 5)]
 
@@ -152,7 +156,7 @@ def test_training_goes_on_without_its_server_and_shows_all_when_it_is_back(
     data, server = make_cases(tmp_path / "data"), Server(tmp_path)
     command = [sys.executable, "-c", f"""
 import runpy, sys
-from guided_diffusion.monitor import Monitor
+from guided_diffusion.live.monitor import Monitor
 Monitor.patience = 0.5
 sys.argv = {["scripts/segmentation_train.py", "--data_dir", str(data), "--results_dir", str(tmp_path / "run"), *tiny,
              "--max_steps", "100000", "--log_interval", "5", "--visdom_port", str(server.port)]!r}
@@ -233,9 +237,9 @@ def test_masks_of_a_case_are_shown_as_they_are_drawn(make_cases, tmp_path, train
             view.begin(case)
             yield case
 
-    sampler = sample_util.EnsembleSampler(model.eval(), diffusion, batch_size=2)
+    sampler = ensembles.EnsembleSampler(model.eval(), diffusion, batch_size=2)
     for case, samples in sampler.ensembles(begun(), 3, view.on_step):
-        view.show_case(case, sample_util.to_masks(samples))
+        view.show_case(case, to_masks(samples))
     # batches are case0's masks 0 and 1; its mask 2 and case1's mask 0; case1's masks 1 and 2
     assert [entry[:2] for entry in shown] == [("case0", 2), ("case1", 1), ("case0", 3), ("case1", 3), ("case1", 3)]
     assert all((a == b).all() for a, b in zip(shown[0][2], shown[2][2])) and not view.begun

@@ -12,10 +12,9 @@ import requests
 from PIL import Image
 from visdom_servers import PATIENCE, Server, points
 
-from guided_diffusion.monitor import Monitor
-from guided_diffusion.visdom_client import environment_name, split_address, visdom_client
-from guided_diffusion.visdom_windows import Curves, Picture, Text
-
+from guided_diffusion.live.client import environment_name, split_address, visdom_client
+from guided_diffusion.live.monitor import Monitor
+from guided_diffusion.live.windows import Curves, Picture, Text
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 

@@ -6,7 +6,7 @@ import browser
 import pytest
 from visdom_servers import Server
 
-from guided_diffusion.visdom_client import page as page_of
+from guided_diffusion.live.client import page as page_of
 
 # title -> name -> number of points that are drawn, of every plot on the page
 PLOTS = """Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(plot => [

@@ -1,0 +1,189 @@
+"""The command line of the scripts: reading flags, and ending well when they are wrong."""
+
+import argparse
+import difflib
+import os
+import shutil
+import sys
+from types import SimpleNamespace
+
+from .. import dist_util
+from ..flags import FLAGS, check_value, defaults, parse_numbers
+from ..live.client import split_address
+from ..script_util import choose_sampler
+from ..system import storage
+from ..system.errors import InputError
+
+# the groups of flags that a script takes
+JOBS = {
+    "training": ("model", "encoders", "diffusion", "training", "speed", "files and processes", "results", "visdom"),
+    "sampling": ("model", "diffusion", "sampling", "speed", "files and processes", "results", "visdom"),
+    "evaluation": ("evaluation", "files and processes"),
+    "replay": ("replay", "visdom"),
+}
+_GROUP_TITLES = {
+    "model": "the U-Net", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
+    "diffusion": "the diffusion process", "visdom": "the live view",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def _boolean(text):
+    if text.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def _parser(job, description):
+    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False,
+                     usage="%(prog)s [--flag VALUE ...]")
+    groups = {}
+    for flag in FLAGS:
+        if flag.group not in JOBS[job]:
+            continue
+        if flag.group not in groups:
+            groups[flag.group] = parser.add_argument_group(_GROUP_TITLES.get(flag.group, flag.group))
+        options = {"default": argparse.SUPPRESS, "help": flag.help}
+        if flag.default not in ("", None):
+            options["help"] += f" (default: {flag.default})"
+        if isinstance(flag.type, tuple):
+            options["choices"] = flag.type
+        else:
+            options["type"] = _boolean if flag.type is bool else flag.type
+            options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
+        names = ["--local_rank", "--local-rank"] if flag.name == "local_rank" else ["--" + flag.name]
+        groups[flag.group].add_argument(*names, **options)
+    return parser
+
+
+def parse_flags(job, description, argv=None):
+    """Read the command line of a script.
+
+    :param job: one of JOBS.
+    :returns: all flags as a namespace, and the dict of those that were given.
+    :raises InputError: for a flag that does not exist, naming the nearest that does, or a bad value.
+    """
+    parser = _parser(job, description)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(word, flags, 1, 0.6)
+        raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    given = vars(known)
+    args = SimpleNamespace(**{**defaults(*JOBS[job]), **given})
+    _check_ranges(job, args, given)
+    return args, given
+
+
+def start_script(job, description):
+    """Read the command line of a script and join the processes that the launcher started, with the same flags.
+
+    Returns as parse_flags does.
+    """
+    args, given, problem = SimpleNamespace(ngpu=0, local_rank=None, dist_timeout=600.0), {}, None
+    try:
+        args, given = parse_flags(job, description)
+    except InputError as error:
+        problem = error
+    dist_util.setup_dist(args.ngpu, args.local_rank, args.dist_timeout)
+    with dist_util.all_ranks_or_none():
+        if problem:
+            raise problem
+    flags = {name: str(value) for name, value in vars(args).items() if name != "local_rank"}
+    first, *others = dist_util.all_gather_objects(flags)
+    for number, other in enumerate(others, 1):
+        unlike = [f"--{name} ({first[name]} on rank 0, {other.get(name)} on rank {number})"
+                  for name in first if other.get(name) != first[name]]
+        if unlike:
+            raise InputError(f"{', '.join(unlike)}: give every process the same flags", on_every_rank=True)
+    return args, given
+
+
+def _check_ranges(job, args, given):
+    values = vars(args)
+    for flag in FLAGS:
+        if flag.group in JOBS[job] and flag.name in given:
+            check_value(flag, given[flag.name], f"--{flag.name}")
+    if values.get("median_blur") and values["median_blur"] % 2 == 0:
+        raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
+    if job == "sampling":
+        choose_sampler(args, given)
+    if values.get("dropout", 0) >= 1:
+        raise InputError(f"--dropout {args.dropout}: must be below 1")
+    if values.get("fp16_scale_growth", 1) <= 0:
+        raise InputError(f"--fp16_scale_growth {args.fp16_scale_growth}: must be above 0")
+    if values.get("microbatch", -1) != -1 and values["microbatch"] < 1:
+        raise InputError(f"--microbatch {args.microbatch}: must be at least 1, or -1 for whole batches")
+    if values.get("class_cond"):
+        raise InputError("--class_cond True: cases hold no class labels; use create_model(class_cond=True) from Python")
+    if values.get("visdom_server"):
+        split_address(args.visdom_server, args.visdom_port)
+        if args.visdom == "start":
+            raise InputError("--visdom start and --visdom_server: choose one; a server is started on this machine only")
+    if values.get("val_dir") and not args.sample_interval:
+        raise InputError("--val_dir with --sample_interval 0: its cases would never be drawn")
+    if "val_cases" in given and not values.get("val_dir"):
+        raise InputError("--val_cases: counts cases of --val_dir; give that, too")
+    if values.get("visdom") == "start" and args.visdom_port == 0:
+        raise InputError("--visdom start and --visdom_port 0: choose one")
+    if values.get("use_fp16") and values.get("use_bf16"):
+        raise InputError("--use_fp16 and --use_bf16: choose one")
+    if "ema_rate" in values:
+        rates = parse_numbers(float, args.ema_rate, "ema_rate")
+        if not rates or not all(0 <= rate < 1 for rate in rates):
+            raise InputError(f"--ema_rate {args.ema_rate}: every rate must be at least 0 and below 1")
+
+
+def command(script, flags):
+    """The words that run another script, beside this one, as this one was run."""
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    if python.startswith(os.getcwd() + os.sep):
+        python = os.path.relpath(python)
+    return [python, os.path.join(os.path.dirname(sys.argv[0]), script), *flags]
+
+
+def results_folder(args):
+    """The folder to write to: --results_dir, else $OPENAI_LOGDIR, else ./results.
+
+    :raises InputError: if it is plain beforehand that nothing can be written there. Creates nothing.
+    """
+    folder = args.results_dir or os.environ.get("OPENAI_LOGDIR") or "./results"
+    if not storage.is_remote(folder):
+        parent = os.path.abspath(folder)
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+        if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+            raise InputError(f"--results_dir {folder}: cannot be written; give another folder")
+    return folder
+
+
+def run_script(main):
+    """Run a script's main(); an InputError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        if dist_util.launch_rank() == 0 or not error.on_every_rank:
+            print(f"{sys.argv[0]}: error: {error}", file=sys.stderr, flush=True)
+        dist_util.cleanup(failed=not error.on_every_rank)
+        sys.exit(2)
+    except RuntimeError:
+        if not dist_util.run_has_ended():
+            raise
+        dist_util.cleanup()  # the watch then ends this process at once: leaving in order, gloo aborts at times
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    dist_util.cleanup()

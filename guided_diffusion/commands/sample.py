@@ -1,0 +1,187 @@
+"""Draw an ensemble of plausible outlines for every case of a folder, and write masks and pictures.
+
+    python scripts/segmentation_sample.py --data_dir ./data/testing --num_ensemble 4
+
+The flags of the model are read from flags.json beside the checkpoint. Started on several GPUs, each takes its share
+of the cases. Cases that are already complete from the same model, flags and seed are skipped. Those whose files cannot
+be read are left out and named at the end, with exit code 2.
+
+With --evaluate True nothing but scores is written: those of segmentation_evaluate.py. Until then every case's masks are
+kept in a hidden file, so that a run that was stopped goes on.
+"""
+
+import contextlib
+import itertools
+import shlex
+import sys
+import time
+from datetime import timedelta
+
+import numpy as np
+
+from .. import checkpoint, dist_util, logger
+from ..data.cases import SegmentationCases
+from ..data.masks import to_masks
+from ..flags import apply_stored_flags, defaults, pick
+from ..live.views import SamplingView
+from ..samplers import SAMPLERS
+from ..sampling import ensembles, files
+from ..scoring.evaluation import Evaluation, report, sub_ensemble_sizes
+from ..script_util import BEST, autocast_dtype, compile_network, create_model_and_diffusion
+from ..system import storage
+from ..system.errors import raise_problems
+from ..system.terminal import progress, summary
+from .cli import command, results_folder, run_script, start_script
+
+
+def shared_problems(cases):
+    """What is wrong with the cases that some rank cannot read, as a list; no rank reads these any more."""
+    for problems in dist_util.all_gather_objects(cases.problems):
+        cases.problems.update(problems)
+    return [cases.problems[i] for i in sorted(cases.problems)]
+
+
+def announce_time(sampler, batches, scan):
+    """Say how long so many batches will take, if another sampler would be much faster."""
+    best = SAMPLERS[BEST["sampler"]][1](BEST["sampling_steps"])
+    if sampler.calls > 4 * best and batches:
+        seconds = sampler.seconds_a_call(scan) * sampler.calls * batches
+        logger.log(f"this will take about {timedelta(seconds=round(seconds))}; --sampler best takes {best} network"
+                   f" calls a mask rather than {sampler.calls}")
+
+
+def is_done(case, folder, shape, settings, evaluation):
+    """Whether the masks of a case are there, of this shape and from these settings; for an evaluation, scores them."""
+    fingerprint = files.fingerprint(case, **settings)
+    if not evaluation:
+        return files.is_complete(folder, case.name, shape, fingerprint)
+    masks = files.kept_masks(folder, case.name, shape, fingerprint)
+    if masks is not None:
+        evaluation.add(*case, masks)
+    return masks is not None
+
+
+def what_is_where(args, folder, done):
+    """What sampling has left, and the command that scores it."""
+    rows = [(what, storage.join(folder, f"<case>_{name}")) for what, name in (
+        ("to look at", "montage.png"), ("masks", f"output0.png .. {args.num_ensemble - 1}"),
+        ("probability of foreground", "mean.png"), ("spread", "std.png"), ("before the threshold", "ensemble.npz"))]
+    flags = ["--data_dir", args.data_dir, "--samples_dir", folder]
+    if args.fit != "error":
+        flags += ["--fit", args.fit]
+    if args.num_samples:
+        flags += ["--skip_missing", "True"]
+    return summary(done, rows, command("segmentation_evaluate.py", flags))
+
+
+def main():
+    args, given = start_script("sampling", __doc__)
+    rank, world_size = dist_util.rank(), dist_util.world_size()
+
+    with dist_util.all_ranks_or_none():
+        folder = results_folder(args)
+        model_path = args.model_path or storage.join(folder, checkpoint.NEWEST)
+        stored = checkpoint.load_flags(storage.folder_of(model_path))
+        apply_stored_flags(args, given, stored, storage.folder_of(model_path))
+        dtype = autocast_dtype(args)
+        model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
+        checkpoint.load_model(model, model_path)
+        cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
+                                  need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True)
+        sizes = sub_ensemble_sizes(defaults("evaluation")["num_samples"], args.num_ensemble, required=False)
+        evaluation = Evaluation(sizes, args.seed, device=dist_util.dev()) if args.evaluate else None
+    problems = shared_problems(cases)
+    with dist_util.all_ranks_or_none():
+        if len(problems) == len(cases):
+            raise_problems(problems, args.data_dir)
+        storage.make_folder(folder)
+        if rank == 0:
+            storage.remove_partial(folder)
+
+    settings = {**pick(args, "model", "diffusion"), "model": storage.digest(model_path), "seed": args.seed,
+                "sampler": args.sampler, "ddim_eta": args.ddim_eta, "clip_denoised": args.clip_denoised,
+                "median_blur": args.median_blur}
+    shape = args.num_ensemble, args.image_size, args.image_size
+    mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
+    looked_at = progress(cases.readable(mine), "looking for masks", len(mine), "case", enabled=rank == 0, leave=False)
+    todo = [i for i, case in looked_at if not is_done(case, folder, shape, settings, evaluation)]
+    problems = shared_problems(cases)
+    before = len(cases) - len(problems) - sum(dist_util.all_gather_objects(len(todo)))
+
+    # no batch is larger than all there is to draw, whatever is already done and however many processes share it
+    auto = args.batch_size == "auto"
+    largest = ensembles.largest_batch(dist_util.dev(), args.image_size) if auto else args.batch_size
+    batch_size = min(largest, len(cases) * args.num_ensemble)
+    model.to(dist_util.dev()).eval().convert_for_sampling(dtype)
+    sampler = ensembles.EnsembleSampler(model, diffusion, batch_size=batch_size, seed=args.seed, sampler=args.sampler,
+                                          ddim_eta=args.ddim_eta, clip_denoised=args.clip_denoised)
+    logger.configure(enabled=rank == 0)
+    logger.log("command:", shlex.join(sys.argv))
+    logger.log(f"{len(cases) - len(problems)} cases from {args.data_dir}, {before} of them already complete in"
+               f" {folder}; {args.num_ensemble} masks each, {sampler.calls} network calls a mask,"
+               f" {world_size} process(es) on {dist_util.dev()}")
+    if problems:
+        logger.log(f"{len(problems)} more are left out, since their files cannot be read; all are named at the end")
+    if args.compile:
+        cuda_graphs = {"mode": "reduce-overhead"} if dist_util.dev().type == "cuda" else {}
+        compile_network(model, dist_util.dev(), **cuda_graphs)
+    blank = np.zeros((args.image_channels, args.image_size, args.image_size), np.float32)
+    if auto:
+        sampler.fit_batch_size(blank)
+        batch_size = sampler.batch_size
+        logger.log(f"--batch_size auto: {batch_size}")
+    batches = -(-len(todo) * args.num_ensemble // batch_size)
+    announce_time(sampler, batches, blank)
+    view = SamplingView(folder, vars(args), None if storage.is_remote(folder) else folder, len(todo),
+                        diffusion.num_timesteps, enabled=rank == 0)
+    start = time.perf_counter()
+    with dist_util.all_ranks_or_none(), files.BackgroundWriter() as write, \
+            progress(desc="sampling", total=len(todo) * args.num_ensemble, unit="mask", enabled=rank == 0) as bar:
+        def on_step(members, x, x_start):
+            dist_util.at((next(steps),), "drawing")
+            bar.update(len(set(members)) / diffusion.num_timesteps)
+            view.on_step(members, x, x_start)
+
+        def begun():
+            for _, case in cases.readable(todo):
+                view.begin(case)
+                yield case
+
+        steps = itertools.count(1)
+        for case, samples in sampler.ensembles(begun(), args.num_ensemble, on_step):
+            fingerprint = files.fingerprint(case, **settings)
+            masks = to_masks(samples, args.median_blur)
+            if evaluation:
+                evaluation.add(*case, masks)
+                write(files.keep_masks, folder, case.name, masks, fingerprint)
+            else:
+                write(files.write_case, folder, case, samples, args.median_blur, fingerprint)
+            view.show_case(case, masks)
+        dist_util.at(None)
+    view.close()
+    problems = shared_problems(cases)
+
+    after = len(cases) - len(problems)
+    seconds, drawn = time.perf_counter() - start, (after - before) * args.num_ensemble
+    done = f"{after - before} cases, {drawn} masks" + (f", {seconds / drawn:.3g} seconds per mask" if drawn else "")
+    if evaluation:
+        logger.log(done)
+        evaluation.gather()
+    elif after:
+        logger.log(what_is_where(args, folder, done))
+    with dist_util.all_ranks_or_none():
+        if evaluation and rank == 0 and after:
+            logger.log(report(evaluation.write(folder), folder))
+    with dist_util.all_ranks_or_none():
+        others = f"all other cases ({after}) are complete in {folder}"
+        if len(problems) == 1:
+            problems = [f"{problems[0]}; {others}"]
+        raise_problems(problems, f"{args.data_dir}; {others}")
+    if evaluation:
+        for i in mine:
+            with contextlib.suppress(OSError):
+                storage.remove(files.kept_file(folder, cases.cases[i].name))
+
+
+def run():
+    run_script(main)

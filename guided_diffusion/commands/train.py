@@ -1,0 +1,174 @@
+"""Train a diffusion model that draws as many plausible expert outlines of a scan as you ask for.
+
+Alone, or on several GPUs:
+
+    python scripts/segmentation_train.py --data_dir ./data/training --image_size 128 --max_steps 1000 ...
+    python -m torch.distributed.launch --nproc_per_node=2 scripts/segmentation_train.py ...
+
+Running the same command again goes on where it stopped. Ctrl-C, SIGTERM and SIGUSR1 save before they leave, with exit
+code 128 + the number of the signal.
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+from functools import partial
+
+import torch
+
+from .. import checkpoint, dist_util, logger
+from ..data.cases import SegmentationCases
+from ..data.stream import ShuffledCases
+from ..flags import apply_stored_flags, check_stored_flags, differing, pick, stored_flags
+from ..live.views import TrainingView
+from ..methods.cimd import CIMD
+from ..resample import create_named_schedule_sampler
+from ..script_util import (
+    BEST,
+    autocast_dtype,
+    compile_network,
+    create_encoders,
+    create_gaussian_diffusion,
+    create_model_and_diffusion,
+)
+from ..system import storage
+from ..system.errors import InputError
+from ..system.terminal import summary
+from ..train_util import TrainLoop
+from ..training.validation import SHOWN, Validation
+from .cli import command, results_folder, run_script, start_script
+
+
+def main():
+    args, given = start_script("training", __doc__)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+    with dist_util.all_ranks_or_none():
+        folder = results_folder(args)
+        resume_from, stored, passed_over = find_run(args, folder)
+        check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
+        clash = [] if args.resume_checkpoint else differing(vars(args), stored, "seed")
+        if clash:
+            raise InputError(f"{', '.join(clash)}: not what the run in {folder} was started with; give the same flags"
+                             f" to go on with it, or another --results_dir to start afresh")
+        apply_stored_flags(args, given, stored, storage.folder_of(resume_from) if resume_from else folder)
+        dtype = autocast_dtype(args)
+        torch.manual_seed(args.seed)
+        model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
+        if resume_from:  # once more below, with all that belongs to it; here so that a bad file leaves no trace
+            checkpoint.load_model(model, resume_from, "--resume_checkpoint")
+        posterior, prior = create_encoders(**pick(args, "encoders"), image_channels=args.image_channels)
+        first = dist_util.rank() == 0
+        read = partial(SegmentationCases, image_size=args.image_size, image_channels=args.image_channels, fit=args.fit,
+                       progress=first)
+        held_out = read(args.val_dir, flag="--val_dir") if args.val_dir else None
+        cases = read(args.data_dir)
+        storage.make_folder(folder)
+        claim = storage.claim(folder) if first else contextlib.nullcontext()
+        storage.remove_partial(folder)
+
+    logger.configure(local_folder(folder), enabled=first,
+                     last_step=resume_from and checkpoint.step_of(resume_from) or 0)
+    world_size = dist_util.world_size()
+    logger.log("command:", shlex.join(sys.argv))
+    for problem in passed_over:
+        logger.log(f"passed over: {problem}")
+    logger.log(f"{len(cases)} cases from {args.data_dir}, {cases.kept}; U-Net of {count(model):.1f} million parameters;"
+               f" {world_size} process(es) on {dist_util.dev()}")
+    logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
+
+    validation = make_validation(args, cases, held_out) if args.sample_interval else None
+    loop = TrainLoop(
+        cimd=CIMD(diffusion, model, posterior, prior, args.kl_weight).to(dist_util.dev()),
+        data=ShuffledCases(cases, args.seed),
+        schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion.num_timesteps),
+        batch_size=args.batch_size, microbatch=args.microbatch, lr=args.lr, weight_decay=args.weight_decay,
+        lr_anneal_steps=args.lr_anneal_steps, max_steps=args.max_steps,
+        ema_rates=args.ema_rate.replace(" ", "").split(","), log_interval=args.log_interval,
+        sample_interval=args.sample_interval, save_interval=args.save_interval, results_dir=folder, dtype=dtype,
+        validation=validation,
+        fp16_scale_growth=args.fp16_scale_growth, grad_clip=args.grad_clip, max_bad_steps=args.max_bad_steps,
+        keep_checkpoints=args.keep_checkpoints, save_patience=args.save_patience, seed=args.seed,
+    )
+    if resume_from:
+        with dist_util.all_ranks_or_none():
+            loop.resume(resume_from, same_run=not args.resume_checkpoint)
+    if first:
+        checkpoint.save_flags(folder, stored_flags(args))
+    loop.view = TrainingView(folder, vars(args), local_folder(folder), loop.end, loop.global_batch,
+                             validation.cases if validation else (), enabled=first)
+
+    if args.compile:
+        compile_network(model, dist_util.dev())
+    try:
+        with claim:
+            stopped_by = loop.run_loop()
+    finally:
+        loop.view.close()
+    logger.log(what_is_where(args, folder, loop))
+    logger.close()
+    if stopped_by:
+        dist_util.cleanup()
+        sys.exit(128 + stopped_by)
+
+
+def make_validation(args, cases, held_out):
+    """The cases to draw while training: some of --val_dir, which are scored, else of the training cases."""
+    steps = min(BEST["sampling_steps"], args.diffusion_steps)
+    diffusion = create_gaussian_diffusion(**{**pick(args, "diffusion"),
+                                             "timestep_respacing": f"{BEST['timestep_spacing']}{steps}"})
+    return Validation(held_out or cases, diffusion, BEST["sampler"], args.val_cases if held_out else SHOWN, args.seed,
+                      scored=bool(held_out))
+
+
+def what_is_where(args, folder, loop):
+    """What training has left, and the command that samples from it."""
+    rate, averaged = loop.rate_to_use()
+    newest = checkpoint.ema_name(rate, loop.step) if averaged else checkpoint.NEWEST
+    rows = [("weights", storage.join(folder, checkpoint.NEWEST)),
+            *((f"averaged at {rate}", storage.join(folder, checkpoint.ema_name(rate, loop.step))) for rate in loop.ema),
+            *((what, os.path.join(local_folder(folder) or "", name)) for what, name in (
+                ("losses and scores", "progress.png"), ("cases drawn", "panel.png"), ("numbers", "progress.csv"),
+                ("live view, to replay", "visdom.log")))]
+    rows = [(what, path) for what, path in rows if storage.exists(path)]
+    beside = os.path.join(os.path.dirname(os.path.abspath(args.data_dir)), "testing")
+    scans = args.val_dir or (os.path.relpath(beside) if os.path.isdir(beside) else args.data_dir)
+    flags = ["--data_dir", scans, "--model_path", storage.join(folder, newest), "--results_dir", folder,
+             "--num_ensemble", "16", "--sampler", "best", "--batch_size", "auto"]
+    if args.fit != "error":
+        flags += ["--fit", args.fit]
+    return summary(f"trained to step {loop.step}", rows, command("segmentation_sample.py", flags))
+
+
+def find_run(args, folder):
+    """The checkpoint to go on from (None: start anew), the flags beside it, and what is wrong with newer ones."""
+    if args.resume_checkpoint == "auto":
+        args.resume_checkpoint = ""
+    if args.resume_checkpoint:
+        return args.resume_checkpoint, checkpoint.load_flags(storage.folder_of(args.resume_checkpoint)), []
+    steps, problems = checkpoint.steps_in(folder), []
+    for step in reversed(steps):
+        found = checkpoint.damages(folder, step)
+        if not found:
+            return storage.join(folder, checkpoint.model_name(step)), checkpoint.load_flags(folder), problems
+        problems += found
+    if steps:
+        raise InputError(f"{folder} holds no whole checkpoint to go on from; start afresh in another --results_dir:\n"
+                         + "\n".join(problems))
+    return None, {}, []
+
+
+def local_folder(folder):
+    """Where the log goes: beside the checkpoints, or to $OPENAI_LOGDIR if those go to a bucket; None for nowhere."""
+    return os.environ.get("OPENAI_LOGDIR") if storage.is_remote(folder) else folder
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def run():
+    run_script(main)

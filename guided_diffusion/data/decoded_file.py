@@ -1,0 +1,101 @@
+"""Decoded cases of a large data set in one file, mapped into memory by every process that reads them.
+
+The file holds the records one after another, then an index as JSON, then the length of that index and a magic word; it
+appears under its name only when it is whole.
+"""
+
+import contextlib
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from ..system import storage
+
+_MAGIC = b"DECODED1"
+_TAIL = struct.Struct("<Q8s")
+
+
+class DecodedFile:
+    """Records (image [C, S, S] uint8 or uint16, masks [R, bytes] uint8), as read-only views of the file.
+
+    :param key: what the records were made from, as a string.
+    :raises OSError: if there is no such file, or it is of another key.
+    """
+
+    def __init__(self, path, key):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size < _TAIL.size:
+                raise OSError(f"{path}: is cut off")
+            file.seek(size - _TAIL.size)
+            length, magic = _TAIL.unpack(file.read())
+            if magic != _MAGIC or length > size - _TAIL.size:
+                raise OSError(f"{path}: is of another kind or cut off")
+            file.seek(size - _TAIL.size - length)
+            text = file.read(length)
+        try:
+            index = json.loads(text)
+            found = index["key"]
+            self.records = np.array(index["records"]).reshape(-1, 6)  # offset, bytes a value, C, S, R, bytes a mask
+            self._check(size)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise OSError(f"{path}: its index cannot be read") from None
+        if found != key:
+            raise OSError(f"{path}: is of other files, or of an earlier state of them")
+        self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
+
+    def _check(self, size):
+        """Raise ValueError unless every record lies in the file, as its numbers say."""
+        if self.records.size and self.records.dtype.kind != "i" or (self.records < 0).any():
+            raise ValueError
+        offset, itemsize, channels, side, raters, row = self.records.astype(float).T  # without overflow
+        ends = offset + channels * side ** 2 * itemsize + raters * row
+        if not np.isin(itemsize, (1, 2)).all() or (ends > size).any() or (row != (side ** 2 + 7) // 8).any():
+            raise ValueError
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        offset, itemsize, channels, side, raters, row = self.records[i].tolist()
+        middle = offset + channels * side * side * itemsize
+        image = self.bytes[offset:middle].view(np.uint8 if itemsize == 1 else np.uint16)
+        return (image.reshape(channels, side, side),
+                self.bytes[middle:middle + raters * row].reshape(raters, row))
+
+
+def write(path, key, records):
+    """Write a DecodedFile of an iterable of records; nothing is left behind if that fails."""
+    path, offset, index = Path(path), 0, []
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)  # it may be a link to elsewhere
+    try:
+        with open(part, "wb") as file:
+            for image, masks in records:
+                index.append((offset, image.itemsize, len(image), image.shape[1], *masks.shape))
+                offset += file.write(image.tobytes()) + file.write(masks.tobytes())
+                offset += file.write(bytes(offset % 2))  # 16-bit images start at even places
+            text = json.dumps({"key": key, "records": index}).encode()
+            file.write(text + _TAIL.pack(len(text), _MAGIC))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """One process at a time inside, among those that ask for the same path; those of Windows are not held back."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    storage.replace_link(f"{path}.lock")
+    with open(f"{path}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

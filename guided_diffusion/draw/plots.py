@@ -1,0 +1,117 @@
+"""Charts of scores (matplotlib); importing this module needs matplotlib."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from ..metrics import SCORES, bootstrap_interval
+
+# Okabe and Ito's colours, told apart by colour-blind readers
+BLUE, GREEN, ORANGE, GREY = "#0072B2", "#009E73", "#D55E00", "#777777"
+
+
+def score_figure(rows, patients, summary):
+    """PNG bytes: the scores of all cases, the calibration of the ensemble's mean, GED against ensemble size.
+
+    :param rows, patients, summary: those of an evaluation.Evaluation.
+    """
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    _distributions(left, np.array([row.scores["model", "all"] for row in rows]), summary["references"])
+    _calibration(middle, *(np.array(summary["calibration"][name]) for name in ("pixels", "predicted", "observed")))
+    _ged_against_members(right, rows, patients, summary)
+    counts = "–".join(map(str, sorted(set(summary["members"]))))
+    figure.suptitle(f"{summary['cases']} cases of {summary['patients']} patients, {counts} masks a case")
+    return png(figure)
+
+
+def progress_figure(rows):
+    """PNG bytes: losses, scores of the validation cases, and norms over the steps of a training run.
+
+    :param rows: of progress.json, dicts of numbers by name.
+    """
+    scored = any(name.startswith("val_") for row in rows for name in row)
+    columns = 3 if scored else 2
+    figure = Figure(figsize=(5 * columns, 4.5))
+    # a layout that finds its margins by itself takes as long as all else
+    axes = figure.subplots(1, columns, gridspec_kw={"left": 0.2 / columns, "right": 1 - 0.05 / columns, "bottom": 0.12,
+                                                    "top": 0.85, "wspace": 0.25})
+    panels = [("losses", ["loss", "mse", "vb", "kl"], "log"),
+              ("norms of gradient and parameters", ["grad_norm", "param_norm"], "log")]
+    if scored:
+        names = dict.fromkeys(name for row in rows for name in row if name.startswith("val_"))
+        panels.insert(1, ("scores of the validation cases", names, "linear"))
+    for ax, (title, names, scale) in zip(axes, panels):
+        for name, colour in zip(names, (BLUE, ORANGE, GREEN, GREY)):
+            points = np.array([(row["step"], row[name]) for row in rows if name in row]).reshape(-1, 2)
+            if len(points):
+                ax.plot(*points.T, "." if len(points) == 1 else "-", color=colour, label=name,
+                        linewidth=4 if name == "loss" else 1.5)  # which mse may cover
+        ax.set(title=title, xlabel="step", yscale=scale)
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize="small")
+    figure.suptitle(f"step {rows[-1]['step']:,}")
+    return png(figure)
+
+
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def _distributions(axes, values, references):
+    """values [N, S]: a box a score, over cases."""
+    places = np.arange(len(SCORES))[::-1]
+    axes.boxplot(values, orientation="horizontal", positions=places, widths=0.55, whis=(5, 95), showfliers=False,
+                 patch_artist=True, boxprops={"facecolor": "#BBD7EA", "edgecolor": BLUE}, medianprops={"color": BLUE},
+                 whiskerprops={"color": BLUE}, capprops={"color": BLUE})
+    axes.plot(values.mean(0), places, "o", color=BLUE, label="mean of the model")
+    for (name, scores), marker, colour in zip(references.items(), ("D", "x"), (GREEN, ORANGE)):
+        axes.plot([scores["all"][score]["mean"] for score in SCORES], places, marker, color=colour,
+                  label=f"mean of {name}")
+    axes.set(yticks=places, yticklabels=list(SCORES), xlabel="score", title="Cases: quartiles, and 5 to 95 %")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+
+
+def _calibration(axes, pixels, predicted, observed):
+    """Sums over the pixels of each bin, [bins]."""
+    used = pixels > 0
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="calibrated")
+    axes.plot(predicted[used] / pixels[used], observed[used] / pixels[used], "o-", color=BLUE, label="model")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="share of the ensemble that marks a pixel",
+             ylabel="share of raters that mark it", title="Calibration")
+    axes.legend(loc="upper left", fontsize="small")
+    axes.grid(alpha=0.3)
+    counts = axes.twinx()
+    counts.bar((np.arange(len(pixels)) + 0.5) / len(pixels), pixels, 0.9 / len(pixels), color=GREY, alpha=0.2)
+    counts.set(yscale="log", ylabel="pixels (bars)", ylim=(1, 1e3 * pixels.max()))
+
+
+def _ged_against_members(axes, rows, patients, summary):
+    """Expected GED of k members, for each k: GED_unbiased + diversity / k + rater_diversity / m."""
+    names = list(SCORES)
+    unbiased, spread, rater_spread = (
+        np.array([row.scores["model", "all"][names.index(name)] for row in rows])[:, None]
+        for name in ("GED_unbiased", "diversity", "rater_diversity"))
+    m = np.array([row.raters for row in rows])[:, None]
+    members = np.unique(np.geomspace(1, summary["members"][0], 40).round())  # [K]
+    mean, low, high = bootstrap_interval(unbiased + spread / members + rater_spread / m, patients)
+    axes.plot(members, mean, "o-", color=BLUE, markersize=3, label="model, 95 % interval")
+    axes.fill_between(members, low, high, color=BLUE, alpha=0.2)
+    axes.plot(members, (rater_spread * (m - 1) / m).mean() / members, "D-", color=GREEN, markersize=3,
+              label="resampled raters")
+    empty = summary["references"]["all background"]["all"]["GED"]["mean"]  # may lie far above the rest
+    axes.axhline(empty, color=ORANGE, linestyle="--", label=f"all background: {empty:.2f}")
+    axes.set(xscale="log", xlabel="masks drawn", ylabel="GED", title="GED against ensemble size",
+             ylim=(0, 1.5 * np.nanmax([mean, high]) or 1))
+    axes.xaxis.set_major_locator(FixedLocator(sorted({1, 2, 4, 8, 16, 32, 50, 100} & set(range(int(members[-1]))))
+                                              + [members[-1]]))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")

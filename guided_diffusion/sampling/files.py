@@ -1,0 +1,161 @@
+"""The files of an ensemble: written, found again, and kept until all cases are scored."""
+
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import checkpoint
+from ..data.masks import to_masks
+from ..draw import montage
+from ..system import storage
+from ..system.errors import InputError
+
+
+class BackgroundWriter:
+    """Runs functions one after another on a thread, so that files are written while the next batch is drawn.
+
+    Leaving its `with` waits for all; an error of one is raised at the next call, or then.
+    """
+
+    def __init__(self, most_waiting=8):
+        self.most_waiting, self.waiting = most_waiting, collections.deque()
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def __call__(self, function, *args):
+        self.waiting.append(self.pool.submit(function, *args))
+        while self.waiting and (self.waiting[0].done() or len(self.waiting) > self.most_waiting):
+            self.waiting.popleft().result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.pool.shutdown()
+        if exception[0] is None:
+            while self.waiting:
+                self.waiting.popleft().result()
+
+
+# ---- files of a case ----
+
+def _grey(values):
+    """[H, W] in [0, 1] or bool -> an 8-bit picture."""
+    return Image.fromarray(np.round(np.clip(values, 0, 1) * 255.0).astype(np.uint8))
+
+
+def case_files(case_name, num_ensemble):
+    """Names of all files of a case; the last one is written last.
+
+    :raises InputError: for a name that would lead out of a folder.
+    """
+    if os.path.basename(case_name) != case_name:
+        raise InputError(f"{case_name!r}: is no name of a case, since it leads to another folder; rename it")
+    return [*(f"{case_name}_output{i}.png" for i in range(num_ensemble)),
+            *(f"{case_name}_{kind}" for kind in ("mean.png", "std.png", "montage.png", "ensemble.npz"))]
+
+
+def write_case(folder, case, samples, median_blur=0, fingerprint=""):
+    """Write the ensemble of one case:
+
+    <case>_output<i>.png   member i, 0 or 255
+    <case>_mean.png        probability of foreground: 255 is 1
+    <case>_std.png         spread, the standard deviation over members: 255 is 0.5, the largest possible
+    <case>_montage.png     all of it, to look at
+    <case>_ensemble.npz    samples [n, H, W] float32 before the threshold, and the fingerprint of what drew them
+
+    :param samples: [n, H, W] float32. Members of an older, larger ensemble of the case are removed.
+    :raises InputError: if a file cannot be written.
+    """
+    masks = to_masks(samples, median_blur)
+    pictures = [*map(_grey, masks), _grey(masks.mean(0)), _grey(2 * masks.std(0)),
+                montage.case_montage(case.name, case.image, case.masks, masks)]
+    *names, ensemble = case_files(case.name, len(masks))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, samples=samples.astype(np.float32), fingerprint=np.array(fingerprint))
+    with writing(storage.join(folder, ensemble)) as path:
+        if storage.exists(path):  # of an older ensemble, which is not whole once the first picture is another's
+            storage.remove(path)
+        for name in () if storage.is_remote(folder) else os.listdir(folder):
+            match = re.fullmatch(re.escape(case.name) + r"_output(\d+)\.png", name)
+            if match and int(match[1]) >= len(masks):
+                os.unlink(os.path.join(folder, name))
+    for name, data in zip((*names, ensemble), (*map(montage.png, pictures), buffer.getvalue())):
+        with writing(storage.join(folder, name)) as path:
+            storage.write_bytes(path, data)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Inside, an OSError becomes an InputError that names this file and the remedy."""
+    try:
+        yield path
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); mend that and give the same command"
+                         f" again: cases that are complete are kept") from None
+
+
+def fingerprint(case, **settings):
+    """A hash of a case's image and of everything else that decides its samples."""
+    text = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    text.update(case.image.tobytes())
+    return text.hexdigest()
+
+
+def is_complete(folder, case_name, shape, wanted):
+    """Whether all files of a case are there, its samples of this shape (n, H, W) and from the settings with the
+    fingerprint `wanted`."""
+    paths = [storage.join(folder, name) for name in case_files(case_name, shape[0])]
+    if not all(map(storage.exists, paths)):
+        return False
+    most = 5 * math.prod(shape) + 4096  # bytes, packed or not: 4 a pixel, and some around them
+    try:
+        if not storage.is_remote(folder) and os.path.getsize(paths[-1]) > most:
+            return False
+        with np.load(io.BytesIO(storage.read_bytes(paths[-1])), allow_pickle=False) as stored:
+            if sum(member.file_size for member in stored.zip.infolist()) > most:  # no more than that is unpacked
+                return False
+            return str(stored["fingerprint"]) == wanted and stored["samples"].shape == shape
+    except Exception:  # numpy, zipfile and zlib raise almost anything on a damaged file
+        return False
+
+
+# ---- masks that are kept until all cases are scored ----
+
+def kept_file(folder, case_name):
+    return storage.join(folder, f".drawn_{case_name}.pt")
+
+
+def keep_masks(folder, case_name, masks, fingerprint):
+    """Keep masks [n, H, W] bool, and the fingerprint of what drew them, for a run that goes on after this one.
+
+    :raises InputError: if the file cannot be written.
+    """
+    packed = torch.from_numpy(np.packbits(masks.reshape(len(masks), -1), axis=1))
+    with writing(kept_file(folder, case_name)) as path:
+        checkpoint.save(path, {"fingerprint": fingerprint, "masks": packed})
+
+
+def kept_masks(folder, case_name, shape, wanted):
+    """What keep_masks has kept: masks of this shape (n, H, W), None unless they are whole and of the fingerprint
+    `wanted`."""
+    path = kept_file(folder, case_name)
+    if not storage.exists(path):
+        return None
+    try:
+        kept = checkpoint.load(path)
+        packed, pixels = kept["masks"], math.prod(shape[1:])
+        if kept["fingerprint"] != wanted or packed.shape != (shape[0], -(-pixels // 8)):
+            return None
+        return np.unpackbits(packed.numpy(), axis=1, count=pixels).astype(bool).reshape(shape)
+    except (InputError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # damaged, or another's
+        return None

@@ -1,0 +1,247 @@
+"""The Python door: load a checkpoint, hand it scans, get ensembles of masks that say what is uncertain about them."""
+
+import collections
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import checkpoint, script_util
+from ..data import pictures
+from ..data.cases import SUFFIXES, Case, CaseFiles, case_files, fit_case, read_case
+from ..data.masks import to_masks
+from ..flags import FLAGS, apply_stored_flags, check_value, defaults, pick
+from ..system import storage
+from .ensembles import EnsembleSampler, largest_batch
+from .files import write_case
+
+
+class Ensemble:
+    """Plausible masks of one scan. Where an array is expected it is that of its masks; len() and [i] are theirs, too.
+
+    name     of the case; files are called by it
+    image    [C, H, W] float32 in [0, 1], as the model saw it
+    raters   [R, H, W] bool, the labels of a case folder; R = 0 without any
+    samples  [n, H, W] float32, before the threshold at 0.5
+    masks    [n, H, W] bool
+    mean     [H, W] float in [0, 1], the probability of foreground
+    std      [H, W] float in [0, 0.5], the spread over the members
+    spacing  (row, column) distance of the masks' pixels in mm, or None
+    """
+
+    def __init__(self, case, samples, spacing=None):
+        self.name, self.image, self.raters = case
+        self.samples, self.spacing = samples, spacing
+        self.masks = to_masks(samples)
+        self.mean, self.std = self.masks.mean(0), self.masks.std(0)
+
+    def __len__(self):
+        return len(self.masks)
+
+    def __getitem__(self, i):
+        return self.masks[i]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.masks, dtype=dtype, copy=copy)
+
+    def outline_at(self, p=0.5):
+        """Outlines of where the probability of foreground is at least p, 0 < p <= 1.
+
+        :returns: closed contours, a list of [k, 2] float arrays of (x, y) in pixels, the first point again at the end;
+            holes are contours of their own, and the list is empty if no pixel is that probable. (0, 0) is the centre
+            of the first pixel, and the picture spans -0.5 to W - 0.5. The mean is interpolated between centres.
+        """
+        if not 0 < p <= 1:
+            raise ValueError(f"p is {p}, but must be a probability above 0")
+        from contourpy import contour_generator  # comes with matplotlib; all else works without
+
+        agree = max(1, math.ceil(p * len(self) - 1e-9))  # so many members, wherever the mean is at least p
+        level = (agree - 0.5) / len(self)  # no pixel has it, so every pixel is inside or outside
+        lines = contour_generator(z=np.pad(self.mean, 1)).lines(level)
+        return [np.clip(line - 1, -0.5, np.array(self.mean.shape[::-1]) - 0.5) for line in lines]
+
+    def area_interval(self, level=0.9):
+        """(low, median, high) of the foreground's area over the members: `level` of them lie from low to high, as many
+        below as above. In mm2 if the spacing is known, else in pixels of the masks."""
+        if not 0 <= level <= 1:
+            raise ValueError(f"level is {level}, but must be a share from 0 to 1")
+        areas = self.masks.sum((1, 2)) * math.prod(self.spacing or (1,))
+        return tuple(np.quantile(areas, [(1 - level) / 2, 0.5, (1 + level) / 2]).tolist())
+
+    def save(self, folder, name=None):
+        """Write the files of segmentation_sample.py, see files.write_case, into a folder, which is made.
+
+        :param name: of the files, <name>_output0.png, ... (default: that of the ensemble).
+        :raises InputError: if they cannot be written.
+        """
+        storage.make_folder(folder, "folder")
+        write_case(folder, Case(name or self.name, self.image, self.raters), self.samples)
+
+
+class Segmenter:
+    """A trained model, ready to outline scans.
+
+        segmenter = Segmenter.load("results")
+        ensemble = segmenter.sample(image, num_ensemble=16)
+        ensemble.masks, ensemble.mean, ensemble.outline_at(0.5), ensemble.area_interval(0.9)
+    """
+
+    def __init__(self, model, flags, device, dtype=None):
+        self.model = model.to(device).eval().convert_for_sampling(dtype)
+        self.flags, self.device = flags, device
+
+    @classmethod
+    def load(cls, path, device=None, bf16=False, **flags):
+        """Load savedmodel*.pt or emasavedmodel*.pt.
+
+        :param path: a local path, gs:// or az://, or a results folder, whose savedmodel.pt is meant. The flags of the
+            model are read from flags.json beside it.
+        :param device: default CUDA if there is one, else the CPU.
+        :param bf16: compute in bfloat16.
+        :param flags: model and diffusion flags, needed for a checkpoint without flags.json beside it.
+        :raises InputError: if the file is no checkpoint, or of another architecture than the flags describe, or the
+            flags given contradict those stored.
+        """
+        if os.path.isdir(path) or (storage.is_remote(path) and not str(path).endswith(".pt")):
+            path = storage.join(path, checkpoint.NEWEST)
+        folder = storage.folder_of(path)
+        args = SimpleNamespace(**{**script_util.model_and_diffusion_defaults(), **flags})
+        apply_stored_flags(args, flags, checkpoint.load_flags(folder), folder)
+        args.use_bf16 = args.use_bf16 or bf16
+        model, _ = script_util.create_model_and_diffusion(**vars(args))
+        checkpoint.load_model(model, path, "checkpoint")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, vars(args), device, script_util.autocast_dtype(args))
+
+    def sample(self, image, num_ensemble=16, steps=None, seed=0, batch_size="auto", name=None, *, sampler="best",
+               fit="error", spacing=None):
+        """Draw an Ensemble of masks for a scan, or a list of them for a list or tuple of scans.
+
+        :param image: an array or tensor [H, W] or [C, H, W], uint8 or uint16 spanning their range, or floats in
+            [0, 1]; a PIL image; the path of a PNG or JPEG file; or that of a case folder, with its labels if any.
+            H = W = the model's image_size, C is its number of channels, or 1, which is repeated.
+        :param steps: of the sampler (default: as many as script_util.BEST says, or all for another sampler).
+        :param seed: the same seed gives the same masks: member i follows from (seed, name, i) and the scan.
+        :param batch_size: masks drawn at once, across scans (auto: as many as pay and fit). Members do not depend on
+            it, but for rounding.
+        :param name: of the case, one a scan; masks are then those that segmentation_sample.py draws for it. Default:
+            that of the file or folder; other scans have none, so the same noise, and are saved as image, image0, ...
+        :param sampler: best, or another that segmentation_sample.py has.
+        :param fit: what to do with scans of another size: "error"; "resize", whatever the aspect ratio (floats with 16
+            bits); "crop", the central square. Masks are of what the model saw.
+        :param spacing: (row, column) distance of the scan's pixels in mm, or one such pair a scan.
+        :raises ValueError: for scans it cannot use; InputError: for such files, or options.
+        """
+        args = self._settings(num_ensemble=num_ensemble, sampling_steps=steps or 0, seed=seed, batch_size=batch_size,
+                              sampler=sampler, fit=fit)
+        many = isinstance(image, (list, tuple))
+        scans, names = (list(image), name) if many else ([image], [name])
+        labels = [f"image{i}" for i in range(len(scans))] if many else ["image"]
+        names = [None] * len(scans) if names is None else names
+        if isinstance(names, str) or len(names) != len(scans):
+            raise ValueError(f"name is {names!r}, but must be a list of {len(scans)} names, one for each image")
+        cases = [_read(*scan) for scan in zip(scans, names, labels)]
+        twice = [case for case, count in collections.Counter(case.name for case in cases).items() if case and count > 1]
+        if twice:
+            raise ValueError(f"two images are called {twice[0]}; give each a name of its own, name=[...]")
+        spacings = [None] * len(cases) if spacing is None else self._spacings(spacing, cases, fit)
+        cases = [self._prepare(case, case.name or label, fit) for case, label in zip(cases, labels)]
+
+        diffusion = script_util.create_gaussian_diffusion(**pick(args, "diffusion"))
+        largest = largest_batch(self.device, args.image_size) if batch_size == "auto" else int(batch_size)
+        sampler = EnsembleSampler(self.model, diffusion, batch_size=min(largest, max(1, len(cases)) * num_ensemble),
+                                  seed=args.seed, sampler=args.sampler)
+        ensembles = [Ensemble(case._replace(name=case.name or label), samples, spacing)
+                     for label, spacing, (case, samples) in
+                     zip(labels, spacings, sampler.ensembles(cases, num_ensemble))]
+        return ensembles if many else ensembles[0]
+
+    def _settings(self, **given):
+        """Flags of the model, of sampling, and these; InputError for values that they cannot have."""
+        given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+        for flag in FLAGS:
+            if flag.group in ("sampling", "files and processes") and flag.name in given:
+                check_value(flag, given[flag.name], flag.name)
+        args = SimpleNamespace(**{**defaults("sampling"), **self.flags, **given})
+        script_util.choose_sampler(args, {})
+        return args
+
+    def _prepare(self, case, what, fit):
+        """The Case as the model takes it, its image [C, S, S] float32 in [0, 1]; ValueError if it cannot."""
+        side, channels = self.flags["image_size"], self.flags["image_channels"]
+        image, masks = case.image, case.masks
+        if len(image) not in (1, channels):
+            remedy = "image[..., 0], or image.transpose(2, 0, 1)" if image.shape[2] in (1, 3, 4) else "image[0]"
+            raise ValueError(f"{what} is {list(image.shape)}, but the model takes [{side}, {side}] or"
+                             f" [{channels}, {side}, {side}], channels first; give it as grey, as in {remedy}")
+        if image.shape[1:] != (side, side):
+            if fit == "error":
+                raise ValueError(f"{what} has {image.shape[1]} rows and {image.shape[2]} columns, but the model takes"
+                                 f' {side} of each; give fit="resize" or fit="crop"')
+            if image.dtype == np.float32 and fit == "resize":
+                image = (image * 65535).round().astype(np.uint16)
+            image, masks = fit_case(image, masks, side, fit, what)
+        if image.dtype != np.float32:
+            image = image * np.float32(1 / np.iinfo(image.dtype).max)
+        return Case(case.name, np.repeat(image, channels // len(image), axis=0), masks)
+
+    def _spacings(self, spacing, cases, fit):
+        """(row, column) distance of the masks' pixels, for each of these cases as they were read."""
+        pairs = np.asarray(spacing, dtype=float)
+        if pairs.shape not in ((2,), (len(cases), 2)) or not ((pairs > 0) & (pairs < np.inf)).all():
+            raise ValueError(f"spacing is {spacing}, but must be (row, column) in mm, or one such pair an image")
+        zoom = [np.divide(case.image.shape[1:], self.flags["image_size"]) if fit == "resize" else (1, 1)
+                for case in cases]
+        return [tuple(pair.tolist()) for pair in pairs * np.reshape(zoom, (-1, 2))]
+
+
+# ---- scans of any kind ----
+
+def _read(source, name, label):
+    """A scan -> Case with its image [C, H, W] as it is, uint8, uint16 or float32 in [0, 1]; `label` is for messages.
+    Nameless ones are called ""."""
+    if isinstance(source, (str, os.PathLike)):
+        files = _files(Path(os.path.abspath(source)))
+        return Case(name or files.name, *read_case(files, need_labels=False))
+    if isinstance(source, Image.Image):
+        source = _pixels(source, label)
+    elif torch.is_tensor(source):
+        source = source.detach().cpu()
+        source = (source.float() if source.is_floating_point() else source).numpy()
+    image = np.asarray(source)
+    if image.ndim not in (2, 3) or not image.size:
+        raise ValueError(f"{label} is {list(image.shape)}, but must be [H, W] or [C, H, W]")
+    image = image.reshape(-1, *image.shape[-2:])
+    image = image.astype(image.dtype.newbyteorder("="), copy=False)
+    kind = image.dtype.kind
+    if image.dtype not in (np.uint8, np.uint16) and not (kind == "f" and ((image >= 0) & (image <= 1)).all()):
+        extent = f" from {image.min():g} to {image.max():g}" if kind in "iuf" else ""
+        raise ValueError(f"{label} is {image.dtype}{extent}; give uint8, uint16, or floats and scale it to [0, 1]")
+    image = image.astype(np.float32, copy=False) if kind == "f" else image
+    return Case(name or "", image, np.zeros((0, *image.shape[1:]), dtype=bool))
+
+
+def _files(path):
+    """The files of a case folder, or of a case that is this one picture."""
+    if not path.is_dir():
+        return CaseFiles(path.stem, path.parent, [path], [])
+    return case_files(path.name, path, [file for file in path.iterdir() if file.name[0] != "."
+                                                 and file.suffix.lower() in SUFFIXES])
+
+
+def _pixels(picture, label):
+    """A PIL picture -> [H, W] or [C, H, W], by the rules for files; one whose channels are all equal is grey."""
+    if picture.getexif().get(0x0112, 1) != 1:
+        raise ValueError(f"{label} is stored turned or mirrored (EXIF orientation); give"
+                         f" PIL.ImageOps.exif_transpose(image)")
+    low, high = picture.getextrema() if picture.mode == "I" else (0, 0)
+    if low < 0 or high > 65535:
+        raise ValueError(f"{label} holds numbers from {low} to {high}; scale it to 0 to 65535, or to floats in [0, 1]")
+    pixels = pictures.pixels_of(picture, label)
+    if pixels.ndim == 2:
+        return pixels
+    return pixels[..., 0] if (pixels == pixels[..., :1]).all() else np.moveaxis(pixels, -1, 0)

@@ -1,0 +1,233 @@
+"""Scoring ensembles against raters over a whole set of cases: intervals, tables, files."""
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .. import dist_util, metrics
+from ..draw import montage
+from ..draw.report import page, pictures
+from ..flags import parse_numbers
+from ..sampling.files import writing
+from ..system import storage, terminal
+from ..system.errors import InputError
+
+MODEL, RATERS, BACKGROUND = "model", "resampled raters", "all background"
+SHOWN = 4  # cases in best.png and in worst.png
+
+
+class _Row(NamedTuple):
+    """One scored case."""
+
+    case: str
+    raters: int
+    members: int
+    scores: dict  # (predictor, "all" or size of sub-ensembles) -> [S], in the order of metrics.SCORES
+    calibration: np.ndarray  # [3, bins]
+    pictures: dict  # of report.pictures
+
+
+class Evaluation:
+    """Scores case after case, beside two predictors that need no model: raters drawn with replacement from those of the
+    case (how well a finite set of raters can be met at all) and a single empty mask.
+
+    :param sizes: also score ensembles of so many members: those of a case in their order, cut into groups of that
+        size, the scores averaged over the groups and a remainder left out.
+    :param seed: of the resampled raters, which follow from (seed, case name) alone.
+    :param patient_pattern: see metrics.patient_of.
+    :param device: where to count.
+    :raises InputError: if scipy or matplotlib are missing.
+    """
+
+    def __init__(self, sizes=(), seed=0, patient_pattern=r"\D*\d+", device="cpu"):
+        missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise InputError(f"scoring needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        try:
+            re.compile(patient_pattern)
+        except re.error as error:
+            raise InputError(f"--patient_pattern {patient_pattern}: is no regular expression ({error})") from None
+        self.sizes, self.seed, self.patient_pattern, self.device = tuple(sizes), seed, patient_pattern, device
+        self.rows, self.shown = [], []
+
+    def add(self, name, image, raters, predictions):
+        """Score one case: image [C, H, W] in [0, 1], raters [m, H, W] and predictions [n, H, W] bool arrays."""
+        n, m = len(predictions), len(raters)
+        draws = np.random.default_rng([self.seed, *os.fsencode(name)]).integers(m, size=n)
+        p, y = (torch.from_numpy(np.ascontiguousarray(masks)).to(self.device) for masks in (predictions, raters))
+        table = {}
+        for predictor, masks in ((MODEL, p), (RATERS, y[torch.from_numpy(draws).to(y.device)])):
+            table[predictor, "all"] = _as_row(metrics.scores(masks, y))
+            for size in self.sizes:
+                if size <= n:
+                    groups = masks[:n // size * size].unflatten(0, (-1, size))  # [groups, size, H, W]
+                    table[predictor, str(size)] = _as_row(metrics.scores(groups, y)).mean(0)
+        table[BACKGROUND, "all"] = _as_row(metrics.scores(torch.zeros_like(y[:1]), y))
+        calibration = metrics.Agreement(p, y).calibration().cpu().numpy()
+        self.rows.append(_Row(name, m, n, table, calibration, pictures(image, raters, predictions)))
+        self.shown = _extremes([*self.shown, (float(table[MODEL, "all"][0]), name, image, raters, predictions)])
+
+    def gather(self):
+        """Bring together what all ranks scored, on every rank, in the order of names."""
+        rows = [(*row[:3], {key: torch.from_numpy(values) for key, values in row.scores.items()},
+                 torch.from_numpy(row.calibration), row.pictures) for row in self.rows]
+        shown = [(*case[:2], *map(torch.from_numpy, case[2:])) for case in self.shown]
+        parts = dist_util.all_gather_objects((rows, shown))
+        rows = [_Row(*row, {key: values.numpy() for key, values in scores.items()}, calibration.numpy(), pictures)
+                for rows, _ in parts for *row, scores, calibration, pictures in rows]
+        self.rows = sorted(rows, key=lambda row: row.case)
+        self.shown = _extremes((*case[:2], *(tensor.numpy() for tensor in case[2:]))
+                               for _, shown in parts for case in shown)
+
+    def patients(self):
+        return [metrics.patient_of(row.case, self.patient_pattern) for row in self.rows]
+
+    def summary(self):
+        """All of it as JSON takes it: {"all": {"GED": {"mean", "low", "high"}, ...}, "4": ..., "references": ...}.
+
+        Sub-ensembles that some case has too few members for are left out. low and high bound the 95 % bootstrap
+        interval over patients, None if there is one patient only.
+        """
+        keys = [key for key in self.rows[0].scores if all(key in row.scores for row in self.rows)]
+        patients = self.patients()
+        values = np.concatenate([[row.scores[key] for row in self.rows] for key in keys], 1)  # [N, keys * S]
+        mean, low, high = (x.reshape(len(keys), -1) for x in metrics.bootstrap_interval(values, patients))
+
+        def table(i):
+            return {name: {"mean": float(mean[i, j]), "low": _number(low[i, j]), "high": _number(high[i, j])}
+                    for j, name in enumerate(metrics.SCORES)}
+
+        summary = {size: table(i) for i, (predictor, size) in enumerate(keys) if predictor == MODEL}
+        summary["references"] = {reference: {size: table(i) for i, (predictor, size) in enumerate(keys)
+                                             if predictor == reference} for reference in (RATERS, BACKGROUND)}
+        calibration = sum(row.calibration for row in self.rows)
+        summary["calibration"] = dict(zip(("pixels", "predicted", "observed"), calibration.tolist()))
+        summary |= {"cases": len(self.rows), "patients": len(set(patients)),
+                    **{kind: [min(counts), max(counts)] for kind, counts in (
+                        ("members", [row.members for row in self.rows]),
+                        ("raters", [row.raters for row in self.rows]))}}
+        return summary
+
+    def write(self, folder):
+        """Write scores.csv, scores.json, scores.png, best.png, worst.png and report.html; returns the summary.
+
+        :raises InputError: if a file cannot be written.
+        """
+        from ..draw.plots import score_figure
+
+        summary = self.summary()
+        files = {"scores.csv": self._csv().encode(), "scores.json": (json.dumps(summary, indent=1) + "\n").encode(),
+                 "scores.png": score_figure(self.rows, self.patients(), summary)}
+        for name, cases in (("best.png", self.shown[:SHOWN]), ("worst.png", self.shown[:-SHOWN - 1:-1])):
+            pages = [montage.case_montage(case, image, raters, predictions, max_members=8)
+                     for _, case, image, raters, predictions in cases]
+            files[name] = montage.png(montage.stack(pages))
+        files["report.html"] = page(self.rows, self.patients(), counted(summary), score_rows(summary),
+                                    files["scores.png"])
+        for name, data in files.items():
+            with writing(storage.join(folder, name)) as path:
+                storage.write_bytes(path, data)
+        return summary
+
+    def _csv(self):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        sizes = sorted({size for row in self.rows for _, size in row.scores if size != "all"}, key=int)
+        names = [*metrics.SCORES, *(f"{name}_{size}" for size in sizes for name in metrics.SCORES)]
+        writer.writerow(["case", "patient", "raters", "members", *names])
+        nothing = [""] * len(metrics.SCORES)
+        for row, patient in zip(self.rows, self.patients()):
+            values = [value for size in ("all", *sizes) for value in row.scores.get((MODEL, size), nothing)]
+            writer.writerow([row.case, patient, row.raters, row.members, *values])
+        return text.getvalue()
+
+
+def score_table(summary):
+    """The tables of score_rows in Markdown."""
+    return "\n\n".join(map(markdown, score_rows(summary)))
+
+
+def score_rows(summary):
+    """The summary as tables, each a list of rows of words: every score with its interval beside the references', and
+    the means of sub-ensembles if there are any."""
+    references = summary["references"]
+    columns = {"model": summary["all"], **{name: references[name]["all"] for name in references}}
+    rows = [["score", *columns]] + [[name, *(cell(scores[name]) for scores in columns.values())]
+                                    for name in metrics.SCORES]
+    tables = [rows]
+    sizes = [size for size in summary if size.isdigit()]
+    if sizes:
+        names = [name for name in metrics.SCORES if name != "rater_diversity"]
+        rows = [["members", *names]]
+        for size in sizes:
+            rows += [[who, *(f"{scores[name]['mean']:.3f}" for name in names)] for who, scores in (
+                (size, summary[size]), (f"{size} {RATERS}", references[RATERS][size]))]
+        tables.append(rows)
+    return tables
+
+
+def counted(summary):
+    """How many cases, patients, masks and raters were scored, in words."""
+    def span(kind):
+        low, high = summary[kind]
+        return f"{low}" if low == high else f"{low} to {high}"
+
+    return (f"{summary['cases']} cases of {summary['patients']} patients, {span('members')} masks and"
+            f" {span('raters')} raters a case")
+
+
+def report(summary, folder):
+    """What to print at the end: what was scored, the tables, the files, and how to look at them."""
+    files = [(what, storage.join(folder, name)) for what, name in (
+        ("all cases, to look at", "report.html"), ("those of lowest GED", "best.png"),
+        ("those of highest GED", "worst.png"), ("charts", "scores.png"), ("every score", "scores.csv"),
+        ("means and intervals", "scores.json"))]
+    to_open = () if storage.is_remote(folder) else (
+        "python", "-m", "webbrowser", Path(files[0][1]).absolute().as_uri())
+    return (f"{counted(summary)}; mean [95 % interval over patients]\n\n{score_table(summary)}\n\n"
+            f"{terminal.summary('scores written', files, to_open)}")
+
+
+def cell(score):
+    """{"mean", "low", "high"} -> "0.123 [0.100, 0.150]"."""
+    interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
+    return f"{score['mean']:.3f}{interval}"
+
+
+def markdown(rows):
+    """Rows of words, the head first, as a table in Markdown."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(word.ljust(width) for word, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _as_row(scores):
+    return torch.stack(list(scores.values()), -1).cpu().numpy()
+
+
+def _extremes(cases):
+    """The SHOWN best and the SHOWN worst, best first."""
+    cases = sorted(cases, key=lambda case: case[:2])
+    return cases if len(cases) <= 2 * SHOWN else cases[:SHOWN] + cases[-SHOWN:]
+
+
+def _number(value):
+    return None if np.isnan(value) else float(value)
+
+
+def sub_ensemble_sizes(text, fewest, required=True):
+    """The numbers of --num_samples, of ensembles of `fewest` masks or more; larger ones are refused if they were
+    required, else left out."""
+    sizes = parse_numbers(int, text, "num_samples")
+    if any(size < 1 or (required and size > fewest) for size in sizes):
+        raise InputError(f"--num_samples {text}: sizes of sub-ensembles go from 1 to {fewest}, the fewest masks that a"
+                         f" case has")
+    return [size for size in sizes if size <= fewest]
