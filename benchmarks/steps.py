@@ -84,7 +84,7 @@ def score(args, cases, count, sampler, respacing, name):
     patients = []
     for i, (case, samples) in zip(chosen, bar):
         masks = to_masks(samples)
-        agreement = metrics.Agreement(masks, case.masks)
+        agreement = metrics.Agreement(masks, case.raters)
         scores = {"GED": agreement.ged().item(), "HM_IoU": agreement.hm_iou().item()}
         folder = cases.cases[i].folder
         if (folder / "truth.npz").exists():
