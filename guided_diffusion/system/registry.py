@@ -123,6 +123,11 @@ def load_plugin(path: str) -> None:
         raise
     except Exception as error:
         del sys.modules[name]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else 0)
-        raise InputError(f"--plugin {path}: line {line}: {type(error).__name__}: {error}") from error
+        raise InputError(f"--plugin {path}: {place_of(error, str(file))}") from error
+
+
+def place_of(error: Exception, file: str) -> str:
+    """"line 3: ValueError: its message", of what was raised in or below the last line run in a file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else 0)
+    return f"line {line}: {type(error).__name__}: {error}"
