@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 class Registry(Mapping):
     """A table of entries by name; reads as a dict of the registered functions or classes.
 
-    :param flag: the flag that chooses one, without dashes; for messages.
+    :param flag: the flag that chooses one, without dashes, or the word for an entry; for messages.
     :param package: the package whose modules are imported at the first look, so that they register themselves.
     """
 
@@ -52,7 +52,7 @@ class Registry(Mapping):
         def register(value):
             known = self._entries.get(name)
             if known and known.file != file:
-                raise InputError(f"--{self.flag} {name}: is in {known.file} and again in {file}; rename one")
+                raise InputError(f"{self.flag} {name}: is in {known.file} and again in {file}; rename one")
             self._entries[name] = Entry(value, help, tuple(flags), file)
             return value
 
