@@ -80,13 +80,14 @@ _COMMON = [
     Flag("samples_dir", str, "./results", "folder with the masks to score, of this model or any other", "evaluation"),
     Flag("pattern", str, "{case}_output{i}.png", "where in samples_dir the masks of a case are: {case} is the name of"
          " its folder, {i} counts its masks, as in {case}/mask_{i}.png", "evaluation"),
-    Flag("num_samples", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
-         "evaluation"),
     Flag("skip_missing", bool, False, "score the cases that have masks only, rather than refuse", "evaluation"),
-    Flag("patient_pattern", str, r"\D*\d+", "regular expression for the patient in the name of a case; intervals"
-         " resample patients. By default all up to the end of the first number", "evaluation"),
     Flag("output_dir", str, "", "folder for scores.csv, .json, .png, best.png and worst.png (default: samples_dir)",
          "evaluation"),
+
+    Flag("ensemble_sizes", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
+         "scoring"),
+    Flag("patient_pattern", str, r"\D*\d+", "regular expression for the patient in the name of a case; intervals"
+         " resample patients. By default all up to the end of the first number", "scoring"),
 
     Flag("compile", bool, False, "let torch.compile fuse the U-Net's operations; meant for CUDA, as the convolutions"
          " of a CPU gain nothing. Goes on without where no compiler works", "speed"),
