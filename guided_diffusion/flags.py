@@ -106,16 +106,19 @@ _COMMON = [
 
     Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
          " $OPENAI_LOGDIR, else ./results)", "results"),
-    Flag("visdom_env", str, "", "name of the run on Visdom's page (default: that of the results folder)", "results"),
     Flag("results_dir", str, "", "results folder with the visdom.log to show (default: $OPENAI_LOGDIR, else ./results)",
          "replay"),
 
-    Flag("visdom", ("connect", "start"), "connect", "draw on the Visdom server on this machine if there is one, or"
-         " start one, which stays when the run has ended", "visdom"),
-    Flag("visdom_port", int, 8097, "its port (0: draw nothing)", "visdom", least=0, most=65535),
+    Flag("visdom", ("connect", "start"), "connect", "send it to the Visdom server on this machine, or start one, which"
+         " stays when this has ended", "replay"),
+
+    Flag("visdom", ("off", "connect", "start"), "off", "show the run on the Visdom server on this machine, or start"
+         " one, which stays when the run has ended; a port or server that is given asks to connect", "visdom"),
+    Flag("visdom_env", str, "", "name of the run on Visdom's page (default: that of the results folder)", "visdom"),
+    Flag("visdom_port", int, 8097, "port of the Visdom server (0: show nothing)", "server", least=0, most=65535),
     Flag("visdom_server", str, "", "send the view, scans and masks included, to another machine's Visdom server, as in"
          " https://host:port/path; VISDOM_USERNAME and VISDOM_PASSWORD log in (default: send nothing elsewhere)",
-         "visdom"),
+         "server"),
 ]
 
 

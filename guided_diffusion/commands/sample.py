@@ -31,7 +31,8 @@ from ..script_util import BEST, autocast_dtype, compile_network, create_model_an
 from ..system import storage
 from ..system.errors import raise_problems
 from ..system.terminal import progress, summary
-from .cli import command, results_folder, run_script, start_script
+from .cli import results_folder, run_script, start_script
+from .program import command
 
 
 def shared_problems(cases):

@@ -15,7 +15,7 @@ import numpy as np
 from .. import logger, metrics
 from ..data.masks import to_masks
 from ..draw import montage
-from ..system import storage
+from ..system import packages, storage
 from ..system.terminal import duration
 from ..training import validation
 from .monitor import Monitor
@@ -199,6 +199,9 @@ class ProgressPicture:
 
     def __init__(self, folder, losses: Sequence[str], delay=5.0):
         self.losses = losses
+        if folder and not packages.is_installed("matplotlib"):
+            logger.log(packages.missing("progress.png", "matplotlib") + "; going on without")
+            folder = None
         self.path = folder and os.path.join(folder, "progress.png")
         self.thread, self.next_time = None, time.monotonic() + delay
 
@@ -215,7 +218,7 @@ class ProgressPicture:
 
     def _draw(self, rows):
         start = time.monotonic()
-        with suppress(OSError, ImportError):  # training does without matplotlib
+        with suppress(OSError, ImportError):  # training does without, even where matplotlib is broken
             from ..draw.plots import progress_figure
 
             if rows:
@@ -225,8 +228,7 @@ class ProgressPicture:
 
 def monitor_flags(flags, enabled=True):
     """What a Monitor takes of the flags; of the ranks, one draws."""
-    return {"server": flags["visdom_server"], "port": flags["visdom_port"] if enabled else 0,
-            "start": flags["visdom"] == "start"}
+    return {"server": flags["visdom_server"], "port": flags["visdom_port"] if enabled else 0, "mode": flags["visdom"]}
 
 
 def _page(facts, flags):
