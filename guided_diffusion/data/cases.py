@@ -21,7 +21,7 @@ from PIL import Image
 from .. import dist_util
 from ..system.errors import InputError, raise_problems
 from ..system.terminal import progress
-from . import decoded_file, pictures
+from . import decoded_file, masks, pictures, scaling
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 FITS = ("error", "resize", "crop")
@@ -35,7 +35,7 @@ _UNSAFE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control 
 class Case(NamedTuple):
     name: str
     image: np.ndarray  # [C, H, W] float32 in [0, 1]
-    masks: np.ndarray  # [R, H, W] bool, one per rater
+    raters: np.ndarray  # [R, H, W] bool, the mask of each rater
 
 
 class CaseFiles(NamedTuple):
@@ -57,7 +57,7 @@ class SegmentationCases:
     :param image_channels: channels of the result; a single-channel image is repeated.
     :param fit: what to do with images of another size: "error", "resize" (to image_size x image_size, whatever the
         aspect ratio) or "crop" (the central square).
-    :param need_labels: False for scans nobody has outlined; cases without labels then have masks [0, H, W].
+    :param need_labels: False for scans nobody has outlined; cases without labels then have raters [0, H, W].
     :param limit: take the first cases only (0: all).
     :param progress: show how far checking is. Of several processes, the one that writes the file shows it anyhow.
     :param skip_bad: keep the places of cases whose files are wrong rather than refuse the folder: reading such an item
@@ -81,12 +81,9 @@ class SegmentationCases:
         return len(self.cases)
 
     def __getitem__(self, i):
-        image, masks = self.compact(i)
-        image = image * np.float32(1 / np.iinfo(image.dtype).max)
-        if len(image) == 1:
-            image = np.repeat(image, self.image_channels, axis=0)
-        masks = np.unpackbits(masks, axis=1, count=self.image_size ** 2).astype(bool)
-        return Case(self.cases[i].name, image, masks.reshape(len(masks), self.image_size, self.image_size))
+        image, packed = self.compact(i)
+        return Case(self.cases[i].name, scaling.repeat_channel(scaling.to_unit(image), self.image_channels),
+                    masks.unpack(packed, self.image_size, self.image_size))
 
     def readable(self, numbers):
         """Yields (number, Case) of these; those that cannot be read, or not any more, join `problems` instead."""
@@ -101,8 +98,8 @@ class SegmentationCases:
     def compact(self, i):
         """Case i as it is kept: image [c, S, S] uint8 or uint16, c 1 or image_channels, and masks as packed bits,
         [R, ceil(S * S / 8)] uint8."""
-        image, masks = _NOTHING if self.decoded is None else self.decoded[i]
-        return (image, masks) if len(image) else self._decode(self.cases[i])
+        image, packed = _NOTHING if self.decoded is None else self.decoded[i]
+        return (image, packed) if len(image) else self._decode(self.cases[i])
 
     def _decode_all(self, shows):
         """Check every case; returns the decoded ones, None if they are not kept, and words for where they are."""
@@ -168,7 +165,7 @@ class SegmentationCases:
             return str(error)
 
     def _decode(self, files):
-        image, masks = read_case(files, self.need_labels)
+        image, raters = read_case(files, self.need_labels)
         if len(image) not in (1, self.image_channels):
             raise InputError(f"{files.images[0]}: {len(image)} channels in the image(s) of this case, but"
                              f" --image_channels is {self.image_channels}")
@@ -176,8 +173,8 @@ class SegmentationCases:
             if self.fit == "error":
                 raise InputError(f"{files.images[0]}: is {image.shape[2]} x {image.shape[1]} pixels, but --image_size"
                                  f" is {self.image_size}; give --fit resize or --fit crop, or another --image_size")
-            image, masks = fit_case(image, masks, self.image_size, self.fit, files.images[0])
-        return image, np.packbits(masks.reshape(len(masks), self.image_size ** 2), axis=1)
+            image, raters = fit_case(image, raters, self.image_size, self.fit, files.images[0])
+        return image, masks.pack(raters)
 
 
 def read_ahead(read, items):
@@ -254,7 +251,7 @@ def _wrong_names(case):
 
 
 def read_case(files, need_labels=True):
-    """Decode the files of one case: image [C, H, W] uint8 or uint16, and masks [R, H, W] bool, at their own size.
+    """Decode the files of one case: image [C, H, W] uint8 or uint16, and raters [R, H, W] bool, at their own size.
 
     :raises InputError: naming the file that is missing or wrong.
     """
@@ -268,26 +265,28 @@ def read_case(files, need_labels=True):
             raise InputError(f"{second}: is a second {_kind(second)} of its case, beside {first.name}; give every"
                              f" rater a number of their own")
     size = image.shape[1:]
-    masks = [_read_label(path, size, files.images[0]) for path in files.labels]
-    return image, np.array(masks, dtype=bool).reshape(len(masks), *size)
+    raters = [_read_label(path, size, files.images[0]) for path in files.labels]
+    return image, np.array(raters, dtype=bool).reshape(len(raters), *size)
 
 
-def fit_case(image, masks, side, fit, path):
-    """Bring image [C, H, W] and masks [R, H, W] to side x side by `fit`, "resize" or "crop"; `path` names the image.
+def fit_case(image, raters, side, fit, path):
+    """Bring image [C, H, W] and raters [R, H, W] bool to side x side by `fit`, "resize" or "crop".
 
+
+    :param path: of the image, for messages.
     :raises InputError: for an image too small to crop.
     """
     height, width = image.shape[1:]
     if fit == "resize":
-        masks = [_resize(mask.astype(np.uint8) * 255, side) > 127 for mask in masks]
+        raters = [masks.from_pixels(_resize(masks.to_pixels(mask), side)) for mask in raters]
         return (np.stack([_resize(channel, side) for channel in image]),
-                np.array(masks, dtype=bool).reshape(len(masks), side, side))
+                np.array(raters, dtype=bool).reshape(len(raters), side, side))
     if min(height, width) < side:
         raise InputError(f"{path}: is {width} x {height} pixels, too small for --fit crop to --image_size {side}; use"
                          f" --fit resize")
     top, left = (height - side) // 2, (width - side) // 2
     window = np.s_[:, top:top + side, left:left + side]
-    return image[window].copy(), masks[window].copy()  # a view would keep the whole picture
+    return image[window].copy(), raters[window].copy()  # a view would keep the whole picture
 
 
 def _kind(path):
@@ -310,14 +309,7 @@ def _join_channels(parts, paths):
         if part.shape[1:] != parts[0].shape[1:]:
             raise InputError(f"{path}: is {part.shape[2]} x {part.shape[1]} pixels, but the first image of its case,"
                              f" {paths[0].name}, is {parts[0].shape[2]} x {parts[0].shape[1]}")
-    return np.concatenate(widen(parts))
-
-
-def widen(parts):
-    """Where arrays of 8 and 16 bits meet, those of 8 as 16, 255 becoming 65535."""
-    if len({part.dtype for part in parts}) == 1:
-        return parts
-    return [part * np.uint16(257) if part.dtype == np.uint8 else part for part in parts]
+    return np.concatenate(scaling.widen(parts))
 
 
 def _read_label(path, size, image_path):
@@ -328,8 +320,8 @@ def _read_label(path, size, image_path):
     if pixels.shape != size:
         raise InputError(f"{path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, but its image"
                          f" {image_path.name} is {size[1]} x {size[0]}")
-    full = np.iinfo(pixels.dtype).max
-    mask = pixels > full // 2
+    full = scaling.full_scale(pixels.dtype)
+    mask = masks.from_pixels(pixels)
     brightest = int(pixels.max(initial=0))
     if brightest and not mask.any() and brightest > (JPEG_RINGING if pictures.format_of(path) == "JPEG" else 0):
         raise InputError(f"{path}: its brightest value is {brightest} of {full}, so nothing of it is foreground"

@@ -56,15 +56,15 @@ def panel(cases, ensembles, title=""):
     :param cases: of cases.Case: name, image [C, H, W] in [0, 1], masks [R, H, W] bool.
     :param ensembles: [n, H, W] bool, one a case; n may be 0.
     """
-    most, members = (max(map(len, group)) for group in ([case.masks for case in cases], ensembles))
+    most, members = (max(map(len, group)) for group in ([case.raters for case in cases], ensembles))
     bands = [(title, TITLE)] if title else []
     for i, (case, ensemble) in enumerate(zip(cases, ensembles), 1):
-        scan = _Scan(case.image, case.masks, ensemble, IN_PANEL)
-        raters = [("raters", scan.outlined(case.masks), None)] if most > 4 else _filled(scan.raters(case.masks), most)
+        scan = _Scan(case.image, case.raters, ensemble, IN_PANEL)
+        raters = [("raters", scan.outlined(case.raters), None)] if most > 4 else _filled(scan.raters(case.raters), most)
         shares = scan.agreement(ensemble) if len(ensemble) else []
         if i < len(cases):  # one colour bar serves the column
             shares = [(name, tile, None) for name, tile, _ in shares]
-        bands += [(f"{case.name}: {_facts(case.masks, ensemble)}", TEXT),
+        bands += [(f"{case.name}: {_facts(case.raters, ensemble)}", TEXT),
                   [("scan", scan.whole(), None), *raters, *_filled(scan.members(ensemble), members), *shares]]
     return _page(bands)
 

@@ -65,7 +65,7 @@ class TrainingView:
         ]
         self._read_log()
         if enabled and shown:
-            blank = [case.masks[:0] for case in shown]
+            blank = [case.raters[:0] for case in shown]
             self.panel.show(lambda: montage.panel(shown, blank, "the cases to be drawn, as they are outlined"))
         windows = [self.run, *self.curves[:2], self.panel, *self.curves[2:]]
         self.monitor = Monitor(environment(flags, folder), windows, log_folder if enabled else None,
@@ -165,8 +165,8 @@ class SamplingView:
             self.begun.pop(case.name)
             self.done, self.masks = self.done + 1, self.masks + len(masks)
             self.case.show(lambda: montage.case_montage(*case, masks))
-            if len(case.masks):
-                self.ged.append(metrics.Agreement(masks, case.masks).ged().item())
+            if len(case.raters):
+                self.ged.append(metrics.Agreement(masks, case.raters).ged().item())
                 self.scores.add(len(self.ged), {"GED": np.mean(self.ged)})
             self._describe()
 

@@ -78,7 +78,7 @@ def write_case(folder, case, samples, median_blur=0, fingerprint=""):
     """
     masks = to_masks(samples, median_blur)
     pictures = [*map(_grey, masks), _grey(masks.mean(0)), _grey(2 * masks.std(0)),
-                montage.case_montage(case.name, case.image, case.masks, masks)]
+                montage.case_montage(case.name, case.image, case.raters, masks)]
     *names, ensemble = case_files(case.name, len(masks))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, samples=samples.astype(np.float32), fingerprint=np.array(fingerprint))

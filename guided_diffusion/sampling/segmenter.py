@@ -173,7 +173,7 @@ class Segmenter:
     def _prepare(self, case, what, fit):
         """The Case as the model takes it, its image [C, S, S] float32 in [0, 1]; ValueError if it cannot."""
         side, channels = self.flags["image_size"], self.flags["image_channels"]
-        image, masks = case.image, case.masks
+        image, masks = case.image, case.raters
         if len(image) not in (1, channels):
             remedy = "image[..., 0], or image.transpose(2, 0, 1)" if image.shape[2] in (1, 3, 4) else "image[0]"
             raise ValueError(f"{what} is {list(image.shape)}, but the model takes [{side}, {side}] or"
