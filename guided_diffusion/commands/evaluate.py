@@ -12,7 +12,7 @@ a table and writes, into --output_dir:
     report.html  all cases in one page, which needs no network: to sort, search and print; a click shows all masks
 
 Two predictors that need no model stand beside it: raters drawn with replacement from those of the case (about the best
-that can be measured with so few raters) and the empty mask. docs/scoring.md says what each score means.
+that can be measured with so few raters) and the empty mask. README.md says what each score means.
 """
 
 from .. import dist_util
