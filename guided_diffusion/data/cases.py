@@ -272,7 +272,6 @@ def read_case(files, need_labels=True):
 def fit_case(image, raters, side, fit, path):
     """Bring image [C, H, W] and raters [R, H, W] bool to side x side by `fit`, "resize" or "crop".
 
-
     :param path: of the image, for messages.
     :raises InputError: for an image too small to crop.
     """
