@@ -43,7 +43,7 @@ def main():
                 name = f"{shown} {walk}"
                 count = args.num_cases if calls < 100 else min(args.num_cases, args.long_cases)
                 if name not in rows:
-                    rows[name] = {"sampler": shown, "spacing": spacing, "calls": SAMPLERS[sampler][1](steps),
+                    rows[name] = {"sampler": shown, "spacing": spacing, "calls": network_calls(SAMPLERS[sampler], steps),
                                   **score(args, cases, count, sampler, walk, name)}
                     storage.write_bytes(stored, json.dumps(rows, indent=1).encode())
                     print(name, {k: cell(v) for k, v in rows[name].items() if k in ("GED", "HM_IoU", "excess_GED")},
