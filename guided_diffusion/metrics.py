@@ -14,6 +14,7 @@ import re
 import numpy as np
 import torch
 
+PATIENT_PATTERN = r"\D*\d+"  # the patient in the name of a case: all up to the end of the first number
 SOFT_DICE_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ECE_BINS = 10
 
@@ -299,7 +300,7 @@ def bootstrap_interval(values, clusters=None, level=0.95, resamples=1000, seed=0
     return mean, low, high
 
 
-def patient_of(case_name, pattern=r"\D*\d+"):
+def patient_of(case_name: str, pattern: str = PATIENT_PATTERN) -> str:
     """The patient in a case's name: what the regular expression matches at its start, else the whole name.
 
     By default all up to the end of the first number: LIDC-IDRI-0314-2-57 -> LIDC-IDRI-0314, 0003-0-12 -> 0003.

@@ -47,7 +47,7 @@ class Evaluation:
     :raises InputError: if scipy or matplotlib are missing.
     """
 
-    def __init__(self, sizes=(), seed=0, patient_pattern=r"\D*\d+", device="cpu"):
+    def __init__(self, sizes=(), seed=0, patient_pattern=metrics.PATIENT_PATTERN, device="cpu"):
         missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
         if missing:
             raise InputError(f"scoring needs {' and '.join(missing)}: pip install {' '.join(missing)}")
