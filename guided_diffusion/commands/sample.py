@@ -157,7 +157,7 @@ def main():
                 evaluation.add(*case, masks)
                 write(files.keep_masks, folder, case.name, masks, fingerprint)
             else:
-                write(files.write_case, folder, case, samples, args.median_blur, fingerprint)
+                write(files.write_case, folder, case, samples, masks, fingerprint)
             view.show_case(case, masks)
         dist_util.at(None)
     view.close()

@@ -159,8 +159,9 @@ class SamplingView:
             for (name, _), sample in dict(zip(members, x[:, 0].cpu().numpy())).items():
                 self.begun[name][1].append(sample)
             case, samples = self.begun[members[-1][0]]
-            masks = to_masks(np.stack(samples), self.flags["median_blur"])
-            self.case.show(lambda: montage.case_montage(*case, masks))
+            samples, median_blur = np.stack(samples), self.flags["median_blur"]
+            # cut only if it is drawn, which most are not: whole ensembles come cut to show_case
+            self.case.show(lambda: montage.case_montage(*case, to_masks(samples, median_blur)))
 
     def show_case(self, case, masks):
         """Show a Case with its ensemble, [n, H, W] bool."""
