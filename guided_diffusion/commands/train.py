@@ -48,8 +48,9 @@ def main():
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
         check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
-        clash = [] if args.resume_checkpoint else differing(
-            vars(args), stored, "seed", "timestep_respacing")
+        idle = METHODS[args.method].idle_flags(args)
+        chosen = {name: value for name, value in vars(args).items() if name not in idle}
+        clash = [] if args.resume_checkpoint else differing(chosen, stored, "seed", "timestep_respacing")
         if clash:
             raise InputError(f"{', '.join(clash)}: not what the run in {folder} was started with; give the same flags"
                              f" to go on with it, or another --results_dir to start afresh")

@@ -59,8 +59,13 @@ class Method(nn.Module, abc.ABC):
         """Bring the flags into agreement with each other, in place.
 
         :param given: those that the user gave, by name.
-        :raises InputError: for flags that contradict each other, or have no effect.
+        :raises InputError: for flags that contradict each other.
         """
+
+    @classmethod
+    def idle_flags(cls, flags: SimpleNamespace) -> dict[str, str]:
+        """The method's flags that have no effect beside the others, each with the reason, as in "without --x"."""
+        return {}
 
     @classmethod
     def quick_flags(cls, flags: SimpleNamespace) -> dict:

@@ -78,13 +78,15 @@ class CIMD(Method):
         process.settle_prediction(flags, given)
         if hasattr(flags, "sampler"):
             process.settle_sampler(flags, given)
-        idle = [flag.name for flag in encoders.FLAGS if given.get(flag.name, flag.default) != flag.default]
-        if idle and not getattr(flags, "kl_weight", 1):
-            raise InputError(f"{', '.join(f'--{name}' for name in idle)}: has no effect with --kl_weight 0, which"
-                             f" trains without AMN and ACN; leave it away")
-        if flags.rescale_learned_sigmas and not flags.learn_sigma and given.get("rescale_learned_sigmas"):
-            raise InputError("--rescale_learned_sigmas True: has no effect without --learn_sigma True; give that, or"
-                             " leave it away")
+
+    @classmethod
+    def idle_flags(cls, flags):
+        idle = {}
+        if not getattr(flags, "kl_weight", 1):
+            idle |= {flag.name: "with --kl_weight 0, which trains without AMN and ACN" for flag in encoders.FLAGS}
+        if not flags.learn_sigma:
+            idle["rescale_learned_sigmas"] = "without --learn_sigma True"
+        return idle
 
     @classmethod
     def quick_flags(cls, flags):
