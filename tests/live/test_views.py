@@ -199,7 +199,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_progress_picture_is_drawn_beside_the_run_and_takes_little_of_its_time(tmp_path, monkeypatch):
     logger.configure(tmp_path)
-    picture = ProgressPicture(tmp_path, delay=0)
+    picture = ProgressPicture(tmp_path, ["loss"], delay=0)
     drawn = []
     monkeypatch.setattr(picture, "_draw", lambda rows: drawn.append(len(rows)))
     for step in range(3):
