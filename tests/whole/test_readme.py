@@ -12,7 +12,7 @@ from helpers.models import MODEL
 
 from guided_diffusion import Segmenter
 from guided_diffusion.commands.cli import parse_flags
-from guided_diffusion.sampling.files import case_files
+from guided_diffusion.sampling.files import result_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 JOBS = {"segmentation_train": "training", "segmentation_sample": "sampling", "segmentation_evaluate": "evaluation",
@@ -70,6 +70,6 @@ def test_the_python_of_the_readme_runs_as_it_stands(trained, monkeypatch, tmp_pa
                          for line in lines)
     low, median, high = (names[name] for name in ("low", "median", "high"))
     assert 0 <= low <= median <= high <= side ** 2 and median == np.median(masks.sum((1, 2)))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(case_files("image", 16))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(result_names("image", 16))
     assert {path.name for path in tmp_path.iterdir()} == {"results", "out"}
     assert {path.name for path in (tmp_path / "results").iterdir()} == {path.name for path in trained.iterdir()}
