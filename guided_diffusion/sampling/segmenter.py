@@ -20,7 +20,7 @@ from ..data.fitting import fit_case, fit_spacing
 from ..data.masks import to_masks
 from ..data.readers.base import Readers, refuse_unused
 from ..flags import FLAGS, apply_stored_flags, check_value, defaults, pick
-from ..system import storage
+from ..system import packages, storage
 from ..system.errors import InputError
 from .ensembles import EnsembleSampler, largest_batch
 from .files import write_case
@@ -62,14 +62,14 @@ class Ensemble:
         :returns: closed contours, a list of [k, 2] float arrays of (x, y) in pixels, the first point again at the end;
             holes are contours of their own, and the list is empty if no pixel is that probable. (0, 0) is the centre
             of the first pixel, and the picture spans -0.5 to W - 0.5. The mean is interpolated between centres.
+        :raises InputError: without the package contourpy, which comes with matplotlib.
         """
         if not 0 < p <= 1:
             raise ValueError(f"p is {p}, but must be a probability above 0")
-        from contourpy import contour_generator  # comes with matplotlib; all else works without
-
+        contourpy = packages.require("contourpy", "outline_at")
         agree = max(1, math.ceil(p * len(self) - 1e-9))  # so many members, wherever the mean is at least p
         level = (agree - 0.5) / len(self)  # no pixel has it, so every pixel is inside or outside
-        lines = contour_generator(z=np.pad(self.mean, 1)).lines(level)
+        lines = contourpy.contour_generator(z=np.pad(self.mean, 1)).lines(level)
         return [np.clip(line - 1, -0.5, np.array(self.mean.shape[::-1]) - 0.5) for line in lines]
 
     def area_interval(self, level=0.9):
