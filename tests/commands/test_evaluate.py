@@ -47,7 +47,7 @@ def test_masks_of_any_model_are_scored_by_their_pattern(evaluate, data, tmp_path
     for i, row in enumerate(rows):
         case = SegmentationCases(data, 16)[i]
         masks = [np.asarray(Image.open(tmp_path / "masks" / case.name / f"mask_0{k}.png")) > 0 for k in range(5)]
-        expected = [score.item() for score in metrics.scores(np.stack(masks), case.masks).values()]
+        expected = [score.item() for score in metrics.scores(np.stack(masks), case.raters).values()]
         assert row[0] == case.name and [float(cell) for cell in row[4:15]] == pytest.approx(expected, abs=1e-12)
     assert len(rows) == 3 and header[15] == "GED_2"
 

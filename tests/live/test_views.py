@@ -144,7 +144,7 @@ def test_sampling_shows_the_way_the_cases_and_their_scores(server, run, make_cas
     ged = []
     for case in SegmentationCases(data, 16):
         with np.load(folder / f"{case.name}_ensemble.npz") as stored:
-            ged.append(metrics.Agreement(to_masks(stored["samples"]), case.masks).ged().item())
+            ged.append(metrics.Agreement(to_masks(stored["samples"]), case.raters).ged().item())
     assert points(windows["mean GED of the cases so far"]) == [
         (k, pytest.approx(np.mean(ged[:k]))) for k in range(1, 5)]
 
