@@ -12,21 +12,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import visdom_assets
-from helpers import MODEL
 from PIL import Image
 
 from guided_diffusion import checkpoint
 from guided_diffusion.script_util import create_model_and_diffusion
 
-torch.set_num_threads(1)  # threads only wait for each other in networks this small, above all on a busy machine
+pytest.register_assert_rewrite("helpers")
+from helpers import visdom_page as assets  # noqa: E402
+from helpers.files import ROOT  # noqa: E402
+from helpers.models import MODEL  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # threads only wait for each other in networks this small, above all on a busy machine
 
 
 @pytest.fixture
 def tiny():
-    """The flags of helpers.MODEL as words of a command line."""
+    """The flags of MODEL as words of a command line."""
     return [word for name, value in MODEL.items() for word in (f"--{name}", str(value))]
 
 
@@ -75,9 +76,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def environment():
-    """The environment for a process of its own that imports the library from this checkout."""
+    """The environment for a process of its own that imports the library and tests/helpers from this checkout."""
     env = {name: value for name, value in os.environ.items() if name not in ("OPENAI_LOGDIR", "OMP_NUM_THREADS")}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH")]))
     return env
 
 
@@ -110,8 +111,8 @@ def run(capsys, monkeypatch, tmp_path):
 
     def call(script, *flags):
         path = str(ROOT / "scripts" / script)
-        quiet = [] if "--visdom_port" in flags or "evaluate" in script else ["--visdom_port", "0"]
-        if "train" in script and "--sample_interval" not in flags:
+        quiet = [] if "--visdom_port" in flags or "evaluate" in Path(script).name else ["--visdom_port", "0"]
+        if "train" in Path(script).name and "--sample_interval" not in flags:
             quiet += ["--sample_interval", "0"]
         monkeypatch.setattr(sys, "argv", [path, *map(str, flags), *quiet])
         capsys.readouterr()
@@ -127,6 +128,14 @@ def run(capsys, monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves scores.png empty, which takes longer than all the rest of an evaluation."""
+    from guided_diffusion.draw import plots
+
+    monkeypatch.setattr(plots, "score_figure", lambda *args: b"")
+
+
+@pytest.fixture
 def no_proxy(monkeypatch):
     """Takes the proxies out of the environment, through which a server on this machine may be out of reach."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
@@ -137,7 +146,7 @@ def no_proxy(monkeypatch):
 def visdom_page():
     """Sees to it that the page of the installed Visdom works in a browser; skips the test where it cannot."""
     visdom = pytest.importorskip("visdom")
-    reason = visdom_assets.provide(Path(visdom.__file__).parent / "static")
+    reason = assets.provide(Path(visdom.__file__).parent / "static")
     if reason:
         pytest.skip(reason)
 

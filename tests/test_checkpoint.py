@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 import torch
-from helpers import refusal
+from helpers.refusals import refusal
 from torch import nn
 
 from guided_diffusion import checkpoint

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import refusal
+from helpers.refusals import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

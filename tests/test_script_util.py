@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import refusal
+from helpers.refusals import refusal
 
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from guided_diffusion.script_util import (

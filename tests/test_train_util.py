@@ -3,7 +3,6 @@
 import copy
 import csv
 import itertools
-import json
 import math
 import os
 import signal
@@ -12,159 +11,21 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch.distributions import kl_divergence
+from helpers.loops import Memory, batch, logged, make_cases, make_loop, next_floats
+from helpers.models import SIZE, assert_same, awake, make_cimd, weights
 
 from guided_diffusion import checkpoint, logger
 from guided_diffusion.data.cases import Case
-from guided_diffusion.data.stream import ShuffledCases, to_floats
-from guided_diffusion.methods.cimd import CIMD
+from guided_diffusion.data.stream import ShuffledCases
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
-from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
+from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.system import storage
 from guided_diffusion.system.errors import InputError
-from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.validation import Stopped
-
-SIZE = 16
-WALL_CLOCK = {"seconds", "images_per_second", "waiting_for_data", "memory_gb"}  # of the log
-
-
-class Memory(list):
-    """Cases in memory, as SegmentationCases would hand them out."""
-
-    @property
-    def cases(self):
-        return self
-
-    def compact(self, i):
-        return (np.round(self[i].image * 255).astype(np.uint8),
-                np.packbits(self[i].masks.reshape(len(self[i].masks), -1), axis=1))
-
-
-def make_cases(count=5, raters=3, seed=0):
-    """Random scans; each rater outlines a disc of his own."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:SIZE, :SIZE]
-    cases = Memory()
-    for i in range(count):
-        centres, radii = rng.uniform(4, 12, (raters, 2)), rng.uniform(2, 6, raters)
-        masks = np.stack([np.hypot(y - cy, x - cx) < r for (cy, cx), r in zip(centres, radii)])
-        cases.append(Case(f"case{i}", rng.random((1, SIZE, SIZE), dtype=np.float32), masks))
-    return cases
-
-
-def make_cimd(seed=0, kl_weight=0.001, num_channels=32, dropout=0.0, use_scale_shift_norm=True, **diffusion):
-    torch.manual_seed(seed)
-    model = create_model(image_size=SIZE, image_channels=1, num_channels=num_channels, channel_mult="1,2",
-                         num_res_blocks=1, num_heads=1, attention_resolutions="8", dropout=dropout,
-                         use_scale_shift_norm=use_scale_shift_norm, learn_sigma=diffusion.get("learn_sigma", False))
-    encoders = create_encoders(num_filters="8,16", no_convs_per_block=2, kl_weight=kl_weight, image_channels=1)
-    return CIMD(create_gaussian_diffusion(**diffusion), model, *encoders, kl_weight)
-
-
-def make_loop(folder, cimd=None, cases=None, sampler=None, seed=0, **options):
-    cimd = cimd or make_cimd()
-    return TrainLoop(cimd=cimd, data=ShuffledCases(cases or make_cases(), seed), seed=seed, results_dir=folder,
-                     schedule_sampler=sampler or UniformSampler(cimd.diffusion.num_timesteps),
-                     **{"batch_size": 2, **options})
-
-
-def next_floats(batches):
-    """The next batch of a stream as run_step takes it."""
-    image, mask, positions = next(batches)
-    return *to_floats(image, mask, 1, torch.device("cpu")), positions
-
-
-def awake(cimd, seed=0):
-    """Without the zeros of the initialisation, behind which no gradient flows."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in cimd.model.parameters():
-        with torch.no_grad():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return cimd
-
-
-def batch(n=5, seed=1, dtype=torch.float32, steps=1000):
-    """image, mask, t, weights, noise for forward_backward."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(n, 1, SIZE, SIZE, generator=generator, dtype=dtype),
-            torch.randint(0, 2, (n, 1, SIZE, SIZE), generator=generator).to(dtype),
-            torch.randint(0, steps, (n,), generator=generator),
-            torch.rand(n, generator=generator, dtype=dtype) + 0.5,
-            torch.randn(n, 1, SIZE, SIZE, generator=generator, dtype=dtype))
 
 
 def gradients(module):
     return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
-
-
-def weights(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(a, b):
-    """Equal to the last bit: nested containers of tensors and numbers."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
-# ---- the joint loss ----
-
-@pytest.mark.parametrize("predict_xstart", [False, True])
-def test_loss_adds_the_weighted_divergence_of_amn_and_acn(predict_xstart):
-    cimd = awake(make_cimd(kl_weight=0.3, learn_sigma=True, predict_xstart=predict_xstart))
-    image, mask, t, _, noise = batch()
-    terms = cimd(image, mask, t, noise)
-    diffusion = cimd.diffusion
-    alone = diffusion.training_losses(cimd.model, mask, t, {"image": image}, noise)
-    predicted = alone["pred_xstart"].clamp(0, 1)
-    kl = kl_divergence(cimd.posterior(image, mask), cimd.prior(image, predicted))
-    assert terms.keys() == {"loss", "mse", "vb", "kl"} and all(value.shape == (5,) for value in terms.values())
-    torch.testing.assert_close(terms["kl"], kl)
-    torch.testing.assert_close(terms["loss"], alone["mse"] + alone["vb"] + 0.3 * kl)
-
-
-def test_amn_sees_the_raters_mask_and_acn_the_predicted_one():
-    cimd, seen = awake(make_cimd()), {}
-    for name in ("posterior", "prior"):
-        getattr(cimd, name).register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args}))
-    image, mask, t, _, noise = batch()
-    cimd(image, mask, t, noise)
-    abar = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64), 0)[t].view(-1, 1, 1, 1)
-    x_t = (abar.sqrt() * mask + (1 - abar).sqrt() * noise).float()
-    eps = cimd.model(x_t, t, image=image).double()
-    predicted = ((x_t - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(0, 1).float()
-    assert torch.equal(seen["posterior"][0], image) and torch.equal(seen["posterior"][1], mask)
-    assert torch.equal(seen["prior"][0], image)
-    torch.testing.assert_close(seen["prior"][1], predicted, atol=1e-4, rtol=0)
-
-
-def test_divergence_alone_reaches_every_network():
-    cimd = awake(make_cimd(predict_xstart=True))
-    image, mask, t, _, noise = batch()
-    cimd(image, mask, t, noise)["kl"].sum().backward()
-    for name in ("model", "posterior", "prior"):
-        for parameter in getattr(cimd, name).parameters():
-            assert (parameter.grad != 0).any(), name
-
-
-def test_without_encoders_the_denoiser_is_trained_alone(tmp_path):
-    cimd = make_cimd(kl_weight=0)
-    image, mask, t, _, noise = batch()
-    assert cimd(image, mask, t, noise).keys() == {"loss", "mse"}
-    make_loop(tmp_path, cimd, max_steps=1).run_loop()
-    assert "posterior" not in torch.load(tmp_path / "optsavedmodel000001.pt", weights_only=True)
 
 
 # ---- one step ----
@@ -376,11 +237,11 @@ def test_log_has_the_share_of_the_time_spent_waiting_for_data(tmp_path, monkeypa
     batches = loop.data.batches
 
     def slow(*args):
-        for i, batch in enumerate(batches(*args)):
+        for i, cases in enumerate(batches(*args)):
             start = time.perf_counter()
             time.sleep(0.02 if i < 8 else 0.2)
             slept[-1] += time.perf_counter() - start
-            yield batch
+            yield cases
 
     def dump(values, step):
         times.append(time.perf_counter())
@@ -472,12 +333,6 @@ def test_resume_continues_bit_for_bit(tmp_path, loss_aware):
     assert len(names) == 4
     for name in names:
         assert_same(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "stopped")))
-
-
-def logged(folder):
-    """The rows of progress.json, but for the values that depend on the machine."""
-    return [{name: value for name, value in json.loads(line).items() if name not in WALL_CLOCK}
-            for line in (folder / "progress.json").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6, 7])

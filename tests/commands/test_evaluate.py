@@ -1,0 +1,179 @@
+"""Scoring as users run it agrees with sampling that scores, or says what is wrong."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.files import ROOT, save, tree
+from PIL import Image
+
+from guided_diffusion import metrics
+from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.system import terminal
+
+SCRIPT = ROOT / "scripts" / "segmentation_evaluate.py"
+FILES = ["best.png", "report.html", "scores.csv", "scores.json", "scores.png", "worst.png"]
+
+
+def predict(data, folder, members=4, pattern="{case}_output{i}.png"):
+    """Masks for every case of a data folder: the first rater's, moved about."""
+    for case in sorted(data.iterdir()):
+        mask = np.asarray(Image.open(case / "label0_.png"))
+        for i in range(members):
+            save(folder / pattern.format(case=case.name, i=i), np.roll(mask, (i, -i), (0, 1)))
+    return folder
+
+
+@pytest.fixture
+def evaluate(run, data):
+    """evaluate(*flags) scores the masks in "masks" and writes to "scores"."""
+    return lambda *flags: run(SCRIPT.name, "--data_dir", data, "--samples_dir", "masks", "--output_dir", "scores",
+                              *flags)
+
+
+# ---- what is scored and written ----
+
+def test_masks_of_any_model_are_scored_by_their_pattern(evaluate, data, tmp_path, undrawn):
+    predict(data, tmp_path / "masks", 5, "{case}/mask_{i:02d}.png")
+    before = tree(tmp_path / "masks")
+    result = evaluate("--pattern", "{case}/mask_{i:02d}.png", "--num_samples", "2")
+    assert result.code == 0 and result.err == "" and tree(tmp_path / "masks") == before
+    assert sorted(tree(tmp_path / "scores")) == FILES
+    assert "3 cases of 3 patients, 5 masks and 1 to 4 raters" in result.out and "| GED " in result.out
+    header, *rows = [line.split(",") for line in (tmp_path / "scores" / "scores.csv").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        case = SegmentationCases(data, 16)[i]
+        masks = [np.asarray(Image.open(tmp_path / "masks" / case.name / f"mask_0{k}.png")) > 0 for k in range(5)]
+        expected = [score.item() for score in metrics.scores(np.stack(masks), case.masks).values()]
+        assert row[0] == case.name and [float(cell) for cell in row[4:15]] == pytest.approx(expected, abs=1e-12)
+    assert len(rows) == 3 and header[15] == "GED_2"
+
+
+def test_scoring_says_how_far_it_is_and_then_how_to_look_at_the_scores(evaluate, data, tmp_path, undrawn, monkeypatch):
+    monkeypatch.setattr(terminal, "FIRST", 0)
+    predict(data, tmp_path / "masks", 2)
+    result = evaluate()
+    assert result.err.splitlines()[-1].startswith("scoring: 3 of 3 cases (100 %)")
+    assert result.out.endswith(f"\npython -m webbrowser {(tmp_path / 'scores' / 'report.html').as_uri()}\n")
+    assert f"| means and intervals    {Path('scores', 'scores.json')}\n" in result.out
+
+
+def test_scores_go_beside_the_masks_by_default_and_again_over_the_old_ones(evaluate, data, tmp_path, undrawn):
+    predict(data, tmp_path / "masks")
+    assert evaluate("--output_dir", "").code == 0
+    first = tree(tmp_path / "masks")
+    assert set(FILES) < set(first) and not (tmp_path / "scores").exists()
+    assert evaluate("--output_dir", "", "--num_samples", "", "--seed", 1).code == 0
+    second = tree(tmp_path / "masks")
+    assert second.keys() == first.keys() and second["scores.csv"] != first["scores.csv"]
+
+
+def test_sampling_and_scoring_give_what_sampling_with_scores_gives(run, evaluate, undrawn, data, trained, tmp_path):
+    flags = ["--data_dir", data, "--model_path", trained / "savedmodel.pt", "--num_ensemble", 5, "--batch_size", 4,
+             "--timestep_respacing", 3, "--seed", 7]
+    assert run("segmentation_sample.py", *flags, "--results_dir", "masks").code == 0
+    assert evaluate("--seed", 7).code == 0
+    result = run("segmentation_sample.py", *flags, "--results_dir", "direct", "--evaluate", "True")
+    assert result.code == 0 and "3 cases of 3 patients, 5 masks" in result.out and "montage" not in result.out
+    assert tree(tmp_path / "direct") == tree(tmp_path / "scores") and sorted(tree(tmp_path / "scores")) == FILES
+    assert "GED_4" in (tmp_path / "scores" / "scores.csv").read_text()
+    again = run("segmentation_sample.py", *flags, "--results_dir", "masks", "--evaluate", "True")
+    assert "0 of them already complete" in again.out  # masks that are there may be another model's
+    assert (tmp_path / "masks" / "scores.csv").read_bytes() == (tmp_path / "scores" / "scores.csv").read_bytes()
+
+
+def test_sampling_with_scores_needs_raters_before_it_draws_anything(run, make_cases, trained, tmp_path):
+    scans = make_cases(tmp_path / "scans", raters=[0, 0])
+    result = run("segmentation_sample.py", "--data_dir", scans, "--model_path", trained / "savedmodel.pt",
+                 "--results_dir", "results", "--evaluate", "True")
+    assert result.code == 2 and f"{scans / 'case1'}: no labels" in result.err and result.err.count("\n") == 3
+    assert result.out == "" and not (tmp_path / "results").exists()
+
+
+def test_two_processes_write_what_one_writes(evaluate, make_cases, environment, data, tmp_path):
+    for folder in make_cases(tmp_path / "more", 6, seed=1).iterdir():
+        folder.rename(data / f"more-{folder.name}")
+    predict(data, tmp_path / "masks")
+    assert evaluate().code == 0
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             SCRIPT, "--data_dir", data, "--samples_dir", "masks", "--output_dir", "two"],
+                            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("9 cases of 9 patients") == 1
+    one, two = tree(tmp_path / "scores"), tree(tmp_path / "two")
+    assert one == two and sorted(one) == FILES
+
+
+# ---- bad input: exit code 2, a line each, and nothing written ----
+
+def damage(how, data, masks):
+    """Spoil data or masks; returns the flags to give, and what the message must say."""
+    if how == "no masks":
+        (masks / "case1_output0.png").unlink()
+        (masks / "case1_output1.png").unlink()
+        return [], ["case1: no masks to score"]
+    if how == "another size":
+        save(masks / "case1_output1.png", np.zeros((8, 8), np.uint8))
+        return [], [f"case1: {Path('masks', 'case1_output1.png')} is 8 x 8"]
+    if how == "no raters":
+        (data / "case1" / "label0_.png").unlink()
+        return [], [data / "case1", "no labels"]
+    if how == "no binary masks":
+        save(masks / "case0_output0.png", np.arange(256, dtype=np.uint8).reshape(16, 16))
+        return [], ["case0: ", "case0_output0.png is no binary mask"]
+    if how == "unreadable":
+        (masks / "case1_output1.png").write_bytes(b"PNG")
+        return [], ["case1_output1.png: cannot be read"]
+    (masks.parent / "file").touch()
+    return {"pattern": (["--pattern", "{case}/{i}.png"], ["--pattern {case}/{i}.png: matches no file", "masks"]),
+            "samples_dir": (["--samples_dir", "gone"], ["--samples_dir gone"]),
+            "output_dir": (["--output_dir", "file/x"], ["--output_dir file/x: cannot be written"]),
+            "too many": (["--num_samples", "2,3"], ["--num_samples 2,3: ", "1 to 2"]),
+            "too few": (["--num_samples", "0"], ["--num_samples 0: "]),
+            "no numbers": (["--num_samples", "2,all"], ["--num_samples 2,all: "]),
+            "patients": (["--patient_pattern", "(\\d"], ["--patient_pattern (\\d: "])}[how]
+
+
+@pytest.mark.parametrize("how", ["no masks", "another size", "no raters", "no binary masks", "unreadable", "pattern",
+                                 "samples_dir", "output_dir", "too many", "too few", "no numbers", "patients"])
+def test_what_cannot_be_scored_is_refused_in_one_line(evaluate, data, tmp_path, how):
+    masks = predict(data, tmp_path / "masks", 2)
+    flags, words = damage(how, data, masks)
+    before = tree(tmp_path)
+    before.pop("scores", None)
+    result = evaluate(*flags)
+    assert result.code == 2 and result.err.count("\n") == 1 and ": error: " in result.err and result.out == ""
+    assert all(str(word) in result.err for word in words), result.err
+    after = tree(tmp_path)
+    after.pop("scores", None)  # may be there, empty
+    assert after == before
+
+
+def test_all_bad_cases_are_listed_together(evaluate, data, tmp_path):
+    masks = predict(data, tmp_path / "masks", 2)
+    words = [word for how in ("another size", "no binary masks") for word in damage(how, data, masks)[1]]
+    result = evaluate()
+    assert result.code == 2 and result.err.count("\n") == 3 and "2 problems in masks:" in result.err
+    assert all(str(word) in result.err for word in words) and not list((tmp_path / "scores").iterdir())
+
+
+def test_missing_masks_may_be_skipped_but_no_size_of_ensemble(evaluate, data, tmp_path, undrawn):
+    masks = predict(data, tmp_path / "masks", 2)
+    damage("no masks", data, masks)
+    result = evaluate("--skip_missing", "True")
+    assert result.code == 0 and "2 cases of 2 patients" in result.out
+    (masks / "case2_output1.png").unlink()
+    assert "1 to 1, the fewest masks" in evaluate("--skip_missing", "True", "--num_samples", 2).err
+
+
+def test_two_folders_of_one_case_name_are_refused(evaluate, data, tmp_path, undrawn):
+    predict(data, tmp_path / "masks", 2)
+    shutil.copytree(data / "case0", data / "a" / "b")
+    shutil.copytree(data / "case0", data / "a_b")
+    for i in range(2):
+        shutil.copy(tmp_path / "masks" / f"case0_output{i}.png", tmp_path / "masks" / f"a_b_output{i}.png")
+    result = evaluate()
+    assert result.code == 2 and "names the same case" in result.err

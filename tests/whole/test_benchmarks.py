@@ -1,0 +1,111 @@
+"""The benchmarks run as documented, at a small scale."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers.files import ROOT
+
+from guided_diffusion import checkpoint, metrics, script_util
+from guided_diffusion.data import phantoms
+
+
+@pytest.fixture
+def benchmark(environment, tmp_path):
+    def call(script, *flags):
+        done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *map(str, flags)], cwd=tmp_path, text=True,
+                              env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+def test_phantom_benchmark_reports_every_row_and_is_deterministic(benchmark, tmp_path):
+    tables = []
+    for name in ("a", "b"):
+        out = benchmark("phantom.py", "--num_train", 3, "--num_cases", 2, "--num_ensemble", 2, "--max_steps", 2,
+                        "--points", 2, "--sampling_steps", "2,1", "--results_dir", name)
+        tables.append((tmp_path / name / "table.md").read_text())
+        assert tables[-1] in out
+        assert (tmp_path / name / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert tables[0] == tables[1]
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert [(row["training_steps"], row["sampling_steps"]) for row in results.values()] == [
+        (1, 2), (2, 2), (2, 1), (None, None), (None, None), (None, None)]
+    for row in results.values():
+        assert row["excess_GED"]["low"] <= row["excess_GED"]["mean"] <= row["excess_GED"]["high"]
+
+
+def test_truth_scores_tell_the_oracle_from_samplers_that_are_wrong_on_purpose():
+    rows = {"oracle": [], "most likely": [], "mean": []}
+    for i in range(40):
+        phantom = phantoms.make_phantom(77, i, 64)
+        truth = phantom.outlines, phantom.probabilities
+        for name, masks in (("oracle", phantom.draw(16, [5, i])), ("most likely", phantom.outlines[:1].repeat(16, 0)),
+                            ("mean", (phantom.mean > 0.5)[None].repeat(16, 0))):
+            scores = metrics.truth_scores(masks, *truth)
+            rows[name].append([scores["excess_GED"], scores["total_variation"]])
+    (_, oracle_low, oracle_high), *wrong = (metrics.bootstrap_interval(np.array(row)) for row in rows.values())
+    assert oracle_low[0] <= 0 <= oracle_high[0]
+    for _, low, _ in wrong:
+        assert low[0] > oracle_high[0] and low[1] > oracle_high[1]
+
+
+def test_benchmark_on_real_cases_trains_samples_and_writes_a_row(benchmark, tmp_path):
+    phantoms.write_cases(tmp_path / "train", 3, 1, 64)
+    phantoms.write_cases(tmp_path / "test", 5, 2, 64)
+    flags = ["--train_dir", "train", "--test_dir", "test", "--preset", "cpu-32", "--results_dir", "r", "--num_cases", 3,
+             "--num_ensemble", 2, "--timestep_respacing", "trailing1", "--train_flags",
+             "--max_steps 2 --num_filters 8 --visdom_port 0"]
+    out = benchmark("lidc.py", *flags)
+    table = (tmp_path / "r" / "table.md").read_text()
+    assert table in out
+    head, _, row, raters, background = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+    assert [word.strip() for word in head[2:4]] == ["GED_2", "HM_IoU_2"]
+    assert row[1].strip() == "cpu-32, dpm++sde trailing1" and row[-2].strip() == "16" and row[-4].strip() == "1"
+    scored = [line.split(",")[0] for line in (tmp_path / "r" / "scores.csv").read_text().splitlines()[1:]]
+    assert scored == ["phantom-000000", "phantom-000001", "phantom-000003"]  # spread over the names
+    benchmark("lidc.py", *flags)  # trains no further, and scores the same
+    again = (tmp_path / "r" / "table.md").read_text().splitlines()[4].split("|")
+    assert again[:10] == row[:10] and again[-2:] == row[-2:]
+
+
+def test_steps_are_compared_case_by_case_and_a_stopped_run_goes_on(benchmark, tmp_path):
+    phantoms.write_cases(tmp_path / "test", 5, 2, 32)
+    flags = {"image_size": 32, "image_channels": 1, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1,
+             "num_heads": 1, "attention_resolutions": "16", "predict_xstart": True, "noise_schedule": "cosine"}
+    (tmp_path / "model").mkdir()
+    checkpoint.save_flags(tmp_path / "model", flags)
+    model, _ = script_util.create_model_and_diffusion(**flags)
+    torch.nn.init.normal_(model.out[2].weight, std=0.1)
+    checkpoint.save(tmp_path / "model" / "savedmodel.pt", model.state_dict())
+    flags = ["--model_path", "model/savedmodel.pt", "--data_dir", "test", "--num_cases", 3, "--num_ensemble", 4,
+             "--reference", "ancestral uniform2", "--output_dir", "out"]
+    benchmark("steps.py", *flags, "--samplers", "ancestral", "--calls", "1,2")
+    before = json.loads((tmp_path / "out" / "steps.json").read_text())
+    out = benchmark("steps.py", *flags, "--samplers", "ancestral,heun", "--calls", "2,3", "--float32")
+    rows = json.loads((tmp_path / "out" / "steps.json").read_text())
+    assert all(rows[name] == row for name, row in before.items())
+    assert {name: row["calls"] for name, row in rows.items()} == {
+        "ancestral uniform1": 1, "ancestral uniform2": 2, "ancestral float32 uniform2": 2,
+        "ancestral float32 uniform3": 3, "heun float32 uniform1": 1, "heun float32 uniform2": 3}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in out and (tmp_path / "out" / "steps.png").read_bytes().startswith(b"\x89PNG")
+    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()]
+    reference = rows["ancestral uniform2"]["values"]
+    for line, row in zip(lines, rows.values(), strict=True):
+        assert row["case"] == [0, 1, 3] and len(row["values"]["excess_GED"]) == 3
+        for key in ("GED", "HM_IoU"):
+            assert row[key]["mean"] == pytest.approx(np.mean(row["values"][key]))
+            difference = np.mean(row["values"][key]) - np.mean(reference[key])
+            shown = line[header.index(f"{key} less that of ancestral uniform2")]
+            assert float(shown.split()[0]) == pytest.approx(difference, abs=6e-4)
+
+
+def test_timing_of_scores_agrees_with_the_double_loop(benchmark):
+    assert "ratio" in benchmark("scores.py", "--cases", 3, "--loop_cases", 3, "--predictions", 7, "--raters", 3,
+                                "--size", 24)
