@@ -188,6 +188,11 @@ def dev():
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def device_of(module: torch.nn.Module) -> torch.device:
+    """The device that a module's parameters are on."""
+    return next(module.parameters()).device
+
+
 def to_device(tensor, device):
     """A CPU tensor on a device, without waiting for what that is busy with."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

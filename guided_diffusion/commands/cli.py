@@ -4,11 +4,13 @@ import argparse
 import difflib
 import os
 import sys
+import textwrap
 from types import SimpleNamespace
 
 from .. import dist_util
 from ..flags import FLAGS, check_value, defaults, parse_numbers
 from ..live.client import split_address
+from ..metrics import SCORES
 from ..script_util import choose_sampler
 from ..system import storage
 from ..system.errors import InputError
@@ -17,15 +19,18 @@ from .program import add_version, again, as_called
 
 # the groups of flags that a script takes
 JOBS = {
-    "training": ("model", "encoders", "diffusion", "training", "speed", "files and processes", "results", "visdom",
-                 "server"),
-    "sampling": ("model", "diffusion", "sampling", "speed", "files and processes", "results", "visdom", "server"),
-    "evaluation": ("evaluation", "files and processes"),
+    "training": ("model", "encoders", "diffusion", "method", "training", "speed", "files and processes", "results",
+                 "visdom", "server"),
+    "sampling": ("model", "diffusion", "method", "sampling", "scoring", "speed", "files and processes", "results",
+                 "visdom", "server"),
+    "evaluation": ("evaluation", "scoring", "files and processes"),
     "replay": ("replay", "server"),
 }
+_OLD_NAMES = {"evaluation": {"num_samples": "ensemble_sizes"}}  # still taken, but not in --help
 _GROUP_TITLES = {
     "model": "the U-Net", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
     "diffusion": "the diffusion process", "visdom": "the live view", "server": "the live view",
+    "scoring": "scores (when sampling: with --evaluate True)",
 }
 
 
@@ -68,6 +73,12 @@ def _parser(job, description):
             options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
         names = ["--local_rank", "--local-rank"] if flag.name == "local_rank" else ["--" + flag.name]
         groups[title].add_argument(*names, **options)
+    for old in _OLD_NAMES.get(job, ()):
+        parser.add_argument("--" + old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    if "scoring" in JOBS[job]:
+        words = (textwrap.wrap(f"{name}: {score.help}", 106, subsequent_indent="  ")
+                 for name, score in SCORES.entries.items())
+        parser.add_argument_group("what the scores say", "\n".join(sum(words, [])))
     return parser
 
 
@@ -82,10 +93,16 @@ def parse_flags(job, description, argv=None):
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].split("=")[0]
-        flags = [option for action in parser._actions for option in action.option_strings]
+        flags = [option for action in parser._actions if action.help != argparse.SUPPRESS
+                 for option in action.option_strings]
         near = difflib.get_close_matches(word, flags, 1, 0.6)
         raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     given = vars(known)
+    for old, new in _OLD_NAMES.get(job, {}).items():
+        if old in given and new in given:
+            raise InputError(f"--{old} is the old name of --{new}: give one of them")
+        if old in given:
+            given[new] = given.pop(old)
     args = SimpleNamespace(**{**defaults(*JOBS[job]), **given})
     _check_ranges(job, args, given)
     if "visdom" in JOBS[job]:
@@ -126,6 +143,9 @@ def _check_ranges(job, args, given):
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
     if job == "sampling":
         choose_sampler(args, given)
+        unused = [f"--{flag.name}" for flag in FLAGS if flag.group == "scoring" and flag.name in given]
+        if unused and not args.evaluate:
+            raise InputError(f"{', '.join(unused)}: for scores only; give --evaluate True, too")
     if values.get("dropout", 0) >= 1:
         raise InputError(f"--dropout {args.dropout}: must be below 1")
     if values.get("fp16_scale_growth", 1) <= 0:

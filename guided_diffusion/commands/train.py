@@ -99,7 +99,9 @@ def main():
             loop.resume(resume_from, same_run=not args.resume_checkpoint)
     if first:
         checkpoint.save_flags(folder, stored_flags(args))
-    loop.view = TrainingView(folder, vars(args), local_folder(folder), loop.end, loop.global_batch,
+    losses = ["loss", *(["vb"] if args.use_kl else ["mse"] + ["vb"] * args.learn_sigma), *["kl"] * bool(args.kl_weight)]
+    loop.view = TrainingView(folder, vars(args), local_folder(folder), loop.end, loop.global_batch, losses,
+                             [f"q{i}" for i in range(4)], "quarter of the timesteps",
                              validation.cases if validation else (), enabled=first)
 
     if args.compile:

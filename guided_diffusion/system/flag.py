@@ -34,7 +34,8 @@ def check_value(flag: Flag, value: Any, name: str) -> None:
     kinds = {float: (int, float), number_or_auto: (int, str)}.get(flag.type, (flag.type,))
     if flag.choices is not None:
         if value not in flag.choices:
-            raise InputError(f"{name} {value!r}: must be one of {', '.join(flag.choices)}")
+            own = "" if isinstance(flag.type, tuple) else ", or one that --plugin FILE brings"
+            raise InputError(f"{name} {value!r}: must be one of {', '.join(flag.choices)}{own}")
     elif type(value) not in kinds:
         raise InputError(f"{name} {value!r}: must be of the type {kinds[-1].__name__}")
     if type(value) in (int, float):
