@@ -1,12 +1,12 @@
 """What is scored, summed up, drawn and written about a set of cases."""
 
-import importlib.util
 import io
 import itertools
 import json
 import random
 import re
 import shlex
+import sys
 import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -331,11 +331,18 @@ def test_sizes_of_sub_ensembles_are_refused_if_asked_for_and_impossible():
     assert "--num_samples 4,many" in refusal(sub_ensemble_sizes, "4,many", 16)
 
 
-@pytest.mark.parametrize("missing", [["scipy"], ["matplotlib"], ["scipy", "matplotlib"]])
-def test_packages_that_are_missing_are_named_before_anything_is_scored(monkeypatch, missing):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
-    assert refusal(Evaluation) == f"scoring needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+def test_without_matplotlib_all_but_the_charts_is_written_and_the_report_says_so(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "scores.png").write_bytes(b"of earlier scores")
+    evaluation = Evaluation()
+    mask = np.ones((1, 8, 8), bool)
+    evaluation.add("case1", np.zeros((1, 8, 8)), mask, mask)
+    summary = evaluation.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "scores.json", "best.png", "worst.png",
+                                                          "report.html"}
+    assert 'class="figure"' not in (tmp_path / "report.html").read_text()
+    said = report(summary, tmp_path)
+    assert said.count("scores.png") == 1 and "scores.png needs the package matplotlib: pip install matplotlib" in said
 
 
 def test_patient_pattern_must_be_a_regular_expression():
