@@ -28,6 +28,7 @@ from .system.errors import InputError
 from .system.registry import Registry, place_of
 
 SCORES = Registry("score")  # functions of an Agreement; a score's own flags are their keyword arguments
+PATIENT_PATTERN = r"\D*\d+"  # the patient in the name of a case: all up to the end of the first number
 SOFT_DICE_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ECE_BINS = 10
 
@@ -350,7 +351,7 @@ def bootstrap_interval(values: np.ndarray, clusters: Sequence | None = None, lev
     return mean, low, high
 
 
-def patient_of(case_name: str, pattern: str = r"\D*\d+") -> str:
+def patient_of(case_name: str, pattern: str = PATIENT_PATTERN) -> str:
     """The patient in a case's name: what the regular expression matches at its start, else the whole name.
 
     By default all up to the end of the first number: LIDC-IDRI-0314-2-57 -> LIDC-IDRI-0314, 0003-0-12 -> 0003.

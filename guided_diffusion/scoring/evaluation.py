@@ -38,7 +38,7 @@ class Evaluation:
     :raises InputError: for a pattern that is no regular expression, or a score that fails on empty masks.
     """
 
-    def __init__(self, sizes: Iterable[int] = (), seed: int = 0, patient_pattern: str = r"\D*\d+",
+    def __init__(self, sizes: Iterable[int] = (), seed: int = 0, patient_pattern: str = metrics.PATIENT_PATTERN,
                  device: str | torch.device = "cpu", options: Mapping[str, Any] = MappingProxyType({})):
         try:
             re.compile(patient_pattern)
