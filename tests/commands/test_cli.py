@@ -254,6 +254,15 @@ def test_half_precision_without_cuda_names_the_alternative(monkeypatch):
     assert autocast_dtype(parse(TRAINING, "--use_fp16 True")[0]) == torch.float16
 
 
+@pytest.mark.parametrize("text, mode", [
+    ("", "off"), ("--visdom off", "off"), ("--visdom_port 0", "off"), ("--visdom off --visdom_port 0", "off"),
+    ("--visdom connect", "connect"), ("--visdom_port 8097", "connect"), ("--visdom_server https://host", "connect"),
+    ("--visdom start", "start"), ("--visdom start --visdom_port 8000", "start")])
+def test_the_view_is_off_unless_it_or_a_server_is_asked_for(text, mode):
+    for job in (TRAINING, SAMPLING):
+        assert parse(job, text)[0].visdom == mode
+
+
 # ---- which sampler ----
 
 @pytest.mark.parametrize("text, sampler, respacing", [
