@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from guided_diffusion import resample, samplers, script_util
 from guided_diffusion.commands.cli import run_script as run_main
-from guided_diffusion.data import phantoms
+from guided_diffusion.data import phantoms, stream
 from guided_diffusion.data.cases import Case, SegmentationCases, read_case
 from guided_diffusion.draw import plots
 from guided_diffusion.methods.cimd import CIMD

@@ -134,9 +134,10 @@ def draw(rows, keys):
     from matplotlib.figure import Figure
 
     from guided_diffusion.draw.plots import png
+    from guided_diffusion.draw.style import CURVES
 
     figure = Figure(figsize=(6 * len(keys), 5.5), layout="constrained")
-    colours = dict(zip(SAMPLERS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")))
+    colours = dict(zip(SAMPLERS, CURVES))
     most = max(len(row["case"]) for row in rows.values())
     for axes, key in zip(figure.subplots(1, len(keys)), keys):
         for sampler, colour in colours.items():

@@ -22,16 +22,17 @@ import numpy as np
 from .. import checkpoint, dist_util, logger
 from ..data.cases import SegmentationCases
 from ..data.masks import to_masks
-from ..flags import apply_stored_flags, defaults, pick
+from ..flags import apply_stored_flags, pick
 from ..live.views import SamplingView
 from ..samplers import SAMPLERS
 from ..sampling import ensembles, files
-from ..scoring.evaluation import Evaluation, report, sub_ensemble_sizes
+from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
 from ..script_util import BEST, autocast_dtype, compile_network, create_model_and_diffusion
 from ..system import storage
 from ..system.errors import raise_problems
 from ..system.terminal import progress, summary
-from .cli import command, results_folder, run_script, start_script
+from .cli import results_folder, run_script, start_script
+from .program import command
 
 
 def shared_problems(cases):
@@ -88,8 +89,9 @@ def main():
         checkpoint.load_model(model, model_path)
         cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
                                   need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True)
-        sizes = sub_ensemble_sizes(defaults("evaluation")["num_samples"], args.num_ensemble, required=False)
-        evaluation = Evaluation(sizes, args.seed, device=dist_util.dev()) if args.evaluate else None
+        sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
+        evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args)) \
+            if args.evaluate else None
     problems = shared_problems(cases)
     with dist_util.all_ranks_or_none():
         if len(problems) == len(cases):
@@ -155,7 +157,7 @@ def main():
                 evaluation.add(*case, masks)
                 write(files.keep_masks, folder, case.name, masks, fingerprint)
             else:
-                write(files.write_case, folder, case, samples, args.median_blur, fingerprint)
+                write(files.write_case, folder, case, samples, masks, fingerprint)
             view.show_case(case, masks)
         dist_util.at(None)
     view.close()

@@ -3,7 +3,7 @@
 Alone, or on several GPUs:
 
     python scripts/segmentation_train.py --data_dir ./data/training --image_size 128 --max_steps 1000 ...
-    python -m torch.distributed.launch --nproc_per_node=2 scripts/segmentation_train.py ...
+    python scripts/segmentation_train.py --ngpu 2 ...
 
 Running the same command again goes on where it stopped. Ctrl-C, SIGTERM and SIGUSR1 save before they leave, with exit
 code 128 + the number of the signal.
@@ -37,7 +37,8 @@ from ..system.errors import InputError
 from ..system.terminal import summary
 from ..train_util import TrainLoop
 from ..training.validation import SHOWN, Validation
-from .cli import command, results_folder, run_script, start_script
+from .cli import results_folder, run_script, start_script
+from .program import command
 
 
 def main():
@@ -98,7 +99,9 @@ def main():
             loop.resume(resume_from, same_run=not args.resume_checkpoint)
     if first:
         checkpoint.save_flags(folder, stored_flags(args))
-    loop.view = TrainingView(folder, vars(args), local_folder(folder), loop.end, loop.global_batch,
+    losses = ["loss", *(["vb"] if args.use_kl else ["mse"] + ["vb"] * args.learn_sigma), *["kl"] * bool(args.kl_weight)]
+    loop.view = TrainingView(folder, vars(args), local_folder(folder), loop.end, loop.global_batch, losses,
+                             [f"q{i}" for i in range(4)], "quarter of the timesteps",
                              validation.cases if validation else (), enabled=first)
 
     if args.compile:

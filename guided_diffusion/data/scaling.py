@@ -23,8 +23,8 @@ def to_unit_tensor(image: torch.Tensor) -> torch.Tensor:
 
 
 def repeat_channel(image: np.ndarray, channels: int) -> np.ndarray:
-    """[1 or channels, H, W] -> [channels, H, W], a new array unless it has them."""
-    return image if len(image) == channels else np.repeat(image, channels // len(image), axis=0)
+    """[1 or channels, H, W] -> [channels, H, W], always a new array."""
+    return np.repeat(image, channels // len(image), axis=0)
 
 
 def repeat_channel_of_tensor(images: torch.Tensor, channels: int) -> torch.Tensor:

@@ -85,7 +85,11 @@ class Method(nn.Module, abc.ABC):
         return {}
 
     def load_training_state(self, state: dict[str, dict]) -> None:
-        """Take over what training_state returned, out of all entries of a file; raises almost anything if it cannot."""
+        """Take over what training_state returned, out of all entries of a file, of which some may be of networks.
+
+        :raises InputError: if the file is of another kind of run: what is wrong with it, and the remedy. Almost any
+            other exception for what is none.
+        """
 
     # ---- drawing ----
 
@@ -105,8 +109,8 @@ class Method(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def encode(self, images: Tensor):
-        """What drawing needs of scans, computed once each: [S, C, H, W] in [0, 1] on the device -> a tensor [S, ...], or
-        a tuple, list or dict of such."""
+        """What drawing needs of scans, computed once each: [S, C, H, W] in [0, 1] on the device -> a tensor [S, ...],
+        or a tuple, list or dict of such."""
 
     @abc.abstractmethod
     def draw(self, encoded, rows: Sequence[Row], seed: int, on_step: Callable[[Tensor, Tensor], None]) -> Tensor:

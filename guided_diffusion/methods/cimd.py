@@ -5,7 +5,6 @@ With --kl_weight 0 it is the plain diffusion ensemble of Wolleb et al. 2022, wit
 
 import contextlib
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,9 @@ from .. import dist_util
 from ..data import masks
 from ..data.noise import MemberNoise, step_noise
 from ..data.stream import Batch, chosen_masks
-from ..gaussian_diffusion import GaussianDiffusion, LossType, ModelVarType
+from ..gaussian_diffusion import GaussianDiffusion, ModelVarType
 from ..networks import NETWORKS
-from ..networks.base import freeze
+from ..networks.base import encodes_scans, freeze
 from ..nn import compile_network
 from ..resample import ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from ..samplers import SAMPLERS, network_calls
@@ -49,8 +48,9 @@ class CIMD(Method):
     parts = ("q0", "q1", "q2", "q3")  # quartiles of the timestep, q0 with the least noise
 
     def __init__(self, diffusion: GaussianDiffusion, model: nn.Module, posterior: nn.Module | None = None,
-                 prior: nn.Module | None = None, kl_weight: float = 0.0, schedule_sampler: ScheduleSampler | None = None,
-                 sampler: str = "ancestral", clip_denoised: bool = True, sampler_options: dict | None = None):
+                 prior: nn.Module | None = None, kl_weight: float = 0.0,
+                 schedule_sampler: ScheduleSampler | None = None, sampler: str = "ancestral",
+                 clip_denoised: bool = True, sampler_options: dict | None = None):
         super().__init__()
         self.diffusion, self.kl_weight = diffusion, kl_weight
         self.model, self.posterior, self.prior = freeze(model), posterior, prior
@@ -80,8 +80,8 @@ class CIMD(Method):
             process.settle_sampler(flags, given)
         idle = [flag.name for flag in encoders.FLAGS if given.get(flag.name, flag.default) != flag.default]
         if idle and not getattr(flags, "kl_weight", 1):
-            raise InputError(f"{', '.join(f'--{name}' for name in idle)}: has no effect with --kl_weight 0, which trains"
-                             f" without AMN and ACN; leave it away")
+            raise InputError(f"{', '.join(f'--{name}' for name in idle)}: has no effect with --kl_weight 0, which"
+                             f" trains without AMN and ACN; leave it away")
         if flags.rescale_learned_sigmas and not flags.learn_sigma and given.get("rescale_learned_sigmas"):
             raise InputError("--rescale_learned_sigmas True: has no effect without --learn_sigma True; give that, or"
                              " leave it away")
@@ -128,6 +128,9 @@ class CIMD(Method):
         return {"schedule_sampler": self.schedule_sampler.state_dict()}
 
     def load_training_state(self, state):
+        if ("posterior" in state) != (self.posterior is not None):
+            raise InputError(f"is of a run with{'' if 'posterior' in state else 'out'} AMN and ACN; give the"
+                             f" --kl_weight it was trained with")
         self.schedule_sampler.load_state_dict(state["schedule_sampler"])
 
     # ---- drawing ----
@@ -145,8 +148,7 @@ class CIMD(Method):
 
     @property
     def cost(self):
-        encodes = hasattr(self.model, "encode")
-        return Cost(int(encodes), network_calls(self.walk, self.diffusion.num_timesteps))
+        return Cost(int(encodes_scans(self.model)), network_calls(self.walk, self.diffusion.num_timesteps))
 
     @property
     def steps(self):

@@ -1,5 +1,6 @@
 """The diffusion process of a method, and how its masks are drawn, from their flags."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,11 +17,20 @@ from ..system.flag import Flag
 BEST = {"sampler": "dpm++sde", "sampling_steps": 7, "timestep_spacing": "logsnr"}
 
 
-class _Samplers(dict):
+class _SamplersAndBest(Mapping):
     """The choices of --sampler: those of SAMPLERS, and best."""
+
+    def __getitem__(self, name):
+        return SAMPLERS[BEST["sampler"] if name == "best" else name]
 
     def __iter__(self):
         return iter((*SAMPLERS, "best"))
+
+    def __len__(self):
+        return len(SAMPLERS) + 1
+
+    def words(self):
+        return f"{SAMPLERS.words()}; best: {BEST['sampler']} with {BEST['sampling_steps']} steps, see docs/sampling.md"
 
 
 PROCESS_FLAGS = [
@@ -37,8 +47,7 @@ PROCESS_FLAGS = [
 ]
 WALK_FLAGS = [
     Flag("clip_denoised", bool, True, "clip the predicted mask to its range at every step", "sampling"),
-    Flag("sampler", _Samplers(), "ancestral", "how to walk from noise to a mask; best: few steps that the benchmarks"
-         f" found good, {BEST['sampler']} with {BEST['sampling_steps']}", "sampling"),
+    Flag("sampler", _SamplersAndBest(), "ancestral", "how to walk from noise to a mask", "sampling"),
     Flag("sampling_steps", int, 0, "steps of the sampler (0: those of timestep_respacing, every one by default)",
          "sampling", least=0),
     Flag("timestep_spacing", SPACINGS, "uniform", "where sampling_steps puts them: evenly down to 0; evenly, the last"
@@ -57,7 +66,7 @@ def create_gaussian_diffusion(
     """The diffusion process of masks, with the names and defaults of the published function.
 
     :param sigma_small: without learn_sigma, the variance of the posterior rather than beta.
-    :param prediction: a name of PREDICTIONS; "" stands for xstart if predict_xstart, else eps.
+    :param prediction: a name of PREDICTIONS; predict_xstart is the published spelling of "xstart".
     :param diffusion_steps: the flag's name for `steps`.
     :raises InputError: for values that make no process, naming their flags.
     """
@@ -77,8 +86,15 @@ def create_gaussian_diffusion(
     fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     return SpacedDiffusion(
         use_timesteps, betas=betas, loss_type=loss_type, rescale_timesteps=rescale_timesteps, x_range=masks.RANGE,
-        model_mean_type=prediction or ("xstart" if predict_xstart else "eps"),
+        model_mean_type=_prediction(prediction, predict_xstart),
         model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed)
+
+
+def _prediction(prediction, predict_xstart):
+    """The name of PREDICTIONS from both spellings; eps and "" are what stands there if nothing was chosen."""
+    if predict_xstart and prediction not in ("", "eps", "xstart"):
+        raise InputError(f"--predict_xstart True and --prediction {prediction}: choose one")
+    return "xstart" if predict_xstart else prediction or "eps"
 
 
 def diffusion_from_flags(flags: SimpleNamespace) -> SpacedDiffusion:
@@ -87,14 +103,13 @@ def diffusion_from_flags(flags: SimpleNamespace) -> SpacedDiffusion:
 
 
 def settle_prediction(flags: SimpleNamespace, given: dict) -> None:
-    """Bring --prediction and its published spelling into agreement. :raises InputError: if the user gave both, unlike.
-    """
-    if given.get("predict_xstart") is not None and "prediction" in given:
-        if given["predict_xstart"] != (given["prediction"] == "xstart"):
-            raise InputError(f"--predict_xstart {given['predict_xstart']} and --prediction {given['prediction']}:"
-                             f" choose one")
-    elif flags.predict_xstart and "prediction" not in given:
-        flags.prediction = "xstart"
+    """Bring --prediction and its published spelling into agreement. :raises InputError: if they were given unlike."""
+    if "prediction" in given and given.get("predict_xstart", given["prediction"] == "xstart") != (
+            given["prediction"] == "xstart"):
+        raise InputError(f"--predict_xstart {given['predict_xstart']} and --prediction {given['prediction']}: choose"
+                         f" one")
+    if "prediction" not in given:
+        flags.prediction = _prediction(flags.prediction, flags.predict_xstart)
     flags.predict_xstart = flags.prediction == "xstart"
 
 

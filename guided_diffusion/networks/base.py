@@ -30,6 +30,11 @@ class Denoiser(nn.Module):
         return self.denoise(x, timesteps, self.encode(image) if encoded is None else encoded)
 
 
+def encodes_scans(network: nn.Module) -> bool:
+    """Whether a denoiser has work to do once a scan."""
+    return getattr(type(network), "encode", Denoiser.encode) is not Denoiser.encode
+
+
 def freeze(network: nn.Module) -> nn.Module:
     """Take the gradient from the frozen parts of a network; returns it."""
     for name in getattr(network, "frozen", ()):

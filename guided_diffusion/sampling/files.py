@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from .. import checkpoint
-from ..data.masks import to_masks
+from ..data.cases import Case
+from ..data.masks import pack, packed_size, to_pixels, unpack
 from ..draw import montage
 from ..system import storage
 from ..system.errors import InputError
@@ -49,12 +50,12 @@ class BackgroundWriter:
 # ---- files of a case ----
 
 def _grey(values):
-    """[H, W] in [0, 1] or bool -> an 8-bit picture."""
+    """[H, W] in [0, 1] -> an 8-bit picture."""
     return Image.fromarray(np.round(np.clip(values, 0, 1) * 255.0).astype(np.uint8))
 
 
-def case_files(case_name, num_ensemble):
-    """Names of all files of a case; the last one is written last.
+def result_names(case_name: str, num_ensemble: int) -> list[str]:
+    """Names of all files of the results of a case; the last one is written last.
 
     :raises InputError: for a name that would lead out of a folder.
     """
@@ -64,7 +65,7 @@ def case_files(case_name, num_ensemble):
             *(f"{case_name}_{kind}" for kind in ("mean.png", "std.png", "montage.png", "ensemble.npz"))]
 
 
-def write_case(folder, case, samples, median_blur=0, fingerprint=""):
+def write_case(folder: str, case: Case, samples: np.ndarray, masks: np.ndarray, fingerprint: str = "") -> None:
     """Write the ensemble of one case:
 
     <case>_output<i>.png   member i, 0 or 255
@@ -73,13 +74,13 @@ def write_case(folder, case, samples, median_blur=0, fingerprint=""):
     <case>_montage.png     all of it, to look at
     <case>_ensemble.npz    samples [n, H, W] float32 before the threshold, and the fingerprint of what drew them
 
-    :param samples: [n, H, W] float32. Members of an older, larger ensemble of the case are removed.
+    :param samples: [n, H, W] float32; masks: [n, H, W] bool, cut from them. Members of an older, larger ensemble of
+        the case are removed.
     :raises InputError: if a file cannot be written.
     """
-    masks = to_masks(samples, median_blur)
-    pictures = [*map(_grey, masks), _grey(masks.mean(0)), _grey(2 * masks.std(0)),
+    pictures = [*map(Image.fromarray, to_pixels(masks)), _grey(masks.mean(0)), _grey(2 * masks.std(0)),
                 montage.case_montage(case.name, case.image, case.raters, masks)]
-    *names, ensemble = case_files(case.name, len(masks))
+    *names, ensemble = result_names(case.name, len(masks))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, samples=samples.astype(np.float32), fingerprint=np.array(fingerprint))
     with writing(storage.join(folder, ensemble)) as path:
@@ -114,7 +115,7 @@ def fingerprint(case, **settings):
 def is_complete(folder, case_name, shape, wanted):
     """Whether all files of a case are there, its samples of this shape (n, H, W) and from the settings with the
     fingerprint `wanted`."""
-    paths = [storage.join(folder, name) for name in case_files(case_name, shape[0])]
+    paths = [storage.join(folder, name) for name in result_names(case_name, shape[0])]
     if not all(map(storage.exists, paths)):
         return False
     most = 5 * math.prod(shape) + 4096  # bytes, packed or not: 4 a pixel, and some around them
@@ -135,17 +136,17 @@ def kept_file(folder, case_name):
     return storage.join(folder, f".drawn_{case_name}.pt")
 
 
-def keep_masks(folder, case_name, masks, fingerprint):
+def keep_masks(folder: str, case_name: str, masks: np.ndarray, fingerprint: str) -> None:
     """Keep masks [n, H, W] bool, and the fingerprint of what drew them, for a run that goes on after this one.
 
     :raises InputError: if the file cannot be written.
     """
-    packed = torch.from_numpy(np.packbits(masks.reshape(len(masks), -1), axis=1))
+    packed = torch.from_numpy(pack(masks))
     with writing(kept_file(folder, case_name)) as path:
         checkpoint.save(path, {"fingerprint": fingerprint, "masks": packed})
 
 
-def kept_masks(folder, case_name, shape, wanted):
+def kept_masks(folder: str, case_name: str, shape: tuple[int, int, int], wanted: str) -> np.ndarray | None:
     """What keep_masks has kept: masks of this shape (n, H, W), None unless they are whole and of the fingerprint
     `wanted`."""
     path = kept_file(folder, case_name)
@@ -153,9 +154,9 @@ def kept_masks(folder, case_name, shape, wanted):
         return None
     try:
         kept = checkpoint.load(path)
-        packed, pixels = kept["masks"], math.prod(shape[1:])
-        if kept["fingerprint"] != wanted or packed.shape != (shape[0], -(-pixels // 8)):
+        packed = kept["masks"]
+        if kept["fingerprint"] != wanted or packed.shape != (shape[0], packed_size(*shape[1:])):
             return None
-        return np.unpackbits(packed.numpy(), axis=1, count=pixels).astype(bool).reshape(shape)
+        return unpack(packed.numpy(), *shape[1:])
     except (InputError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # damaged, or another's
         return None
