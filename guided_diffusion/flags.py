@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from .data.readers import READERS
 from .gaussian_diffusion import SCHEDULES
 from .methods import METHODS
+from .metrics import SCORES
 from .networks import NETWORKS
 from .predictions import PREDICTIONS
 from .samplers import SAMPLERS
@@ -16,7 +18,7 @@ from .system.errors import InputError
 from .system.flag import Flag, check_value, number_or_auto
 from .system.registry import load_plugin
 
-TABLES = (METHODS, NETWORKS, PREDICTIONS, SCHEDULES, SAMPLERS)
+TABLES = (METHODS, NETWORKS, PREDICTIONS, SCHEDULES, SAMPLERS, READERS, SCORES)
 
 _COMMON = [
     Flag("method", METHODS, "cimd", "what is trained and drawn from", "model"),

@@ -18,6 +18,7 @@ from ..draw import montage
 from ..system import packages, storage
 from ..system.terminal import duration
 from ..training import validation
+from ..training.callback import Callback
 from .monitor import Monitor
 from .windows import Curves, Picture, Text
 
@@ -31,7 +32,7 @@ def environment(flags, folder):
     return flags["visdom_env"] or os.path.basename(os.path.abspath(folder))
 
 
-class TrainingView:
+class TrainingView(Callback):
     """Is it learning? Curves of all that is logged, and what the network makes of a few cases.
 
     :param folder: the results folder; flags: all flags of the run, a dict.
@@ -75,12 +76,12 @@ class TrainingView:
                                **monitor_flags(flags, enabled))
         self.progress = ProgressPicture(log_folder if enabled else None, losses)
 
-    def update(self):
+    def logged(self, loop=None):
         """Show what was logged since the last call."""
         self._read_log()
         self.progress.draw()
 
-    def show_cases(self, cases, masks, title):
+    def drawn(self, loop, cases, masks, title):
         """Show the ensembles, [n, H, W] bool, of Cases, and keep the picture as panel.png."""
         if self.enabled:
             shown = validation.SHOWN

@@ -45,7 +45,7 @@ class CIMD(Method):
     :param sampler: one of SAMPLERS, which walks over the steps of `diffusion`; sampler_options: its keywords.
     """
 
-    parts = ("q0", "q1", "q2", "q3")  # quartiles of the timestep, q0 with the least noise
+    parts, parts_are = ("q0", "q1", "q2", "q3"), "quarter of the timesteps"  # q0 with the least noise
 
     def __init__(self, diffusion: GaussianDiffusion, model: nn.Module, posterior: nn.Module | None = None,
                  prior: nn.Module | None = None, kl_weight: float = 0.0,
@@ -85,6 +85,10 @@ class CIMD(Method):
         if flags.rescale_learned_sigmas and not flags.learn_sigma and given.get("rescale_learned_sigmas"):
             raise InputError("--rescale_learned_sigmas True: has no effect without --learn_sigma True; give that, or"
                              " leave it away")
+
+    @classmethod
+    def quick_flags(cls, flags):
+        return {"sampler": "best", "sampling_steps": min(process.BEST["sampling_steps"], flags.diffusion_steps)}
 
     # ---- training ----
 
@@ -153,6 +157,12 @@ class CIMD(Method):
     @property
     def steps(self):
         return self.diffusion.num_timesteps
+
+    @property
+    def advice(self):
+        best = network_calls(SAMPLERS[process.BEST["sampler"]], process.BEST["sampling_steps"])
+        return "" if self.cost.mask <= 4 * best else (
+            f"--sampler best takes {best} network calls a mask rather than {self.cost.mask}")
 
     @torch.no_grad()
     def encode(self, images):
