@@ -58,7 +58,7 @@ def test_default_of_published_functions_is_what_they_build():
         one = create_model(64, 32, 1)
         other = create_model(64, 32, 1, "1,2,3,4", False, False, False, "16", 1, -1, -1, False, 0.0, False, False,
                              False, 4)
-        flags = create_model_and_diffusion(image_size=64, num_channels=32, num_res_blocks=1)[0]
+    flags = create_model_and_diffusion(image_size=64, num_channels=32, num_res_blocks=1)[0]
     shapes, same, differ = ({name: value.shape for name, value in model.state_dict().items()}
                             for model in (one, other, flags))
     assert shapes == same and shapes != differ  # the flags' defaults are the published scripts', not these
@@ -79,8 +79,7 @@ def test_model_and_diffusion_together_take_the_flags_defaults():
                      noise_schedule="linear", timestep_respacing="", use_kl=False, predict_xstart=False,
                      rescale_timesteps=False, rescale_learned_sigmas=False)
     assert published.items() <= defaults.items()
-    with torch.device("meta"):
-        model = create_model_and_diffusion(num_channels=32)[0]
+    model = create_model_and_diffusion(num_channels=32)[0]
     expected = dict(image_size=64, num_channels=32, num_res_blocks=2, num_heads=4, attention_resolutions="16,8",
                     use_scale_shift_norm=True)
     with torch.device("meta"):
@@ -237,7 +236,7 @@ def test_compiled_network_computes_the_same_under_the_same_names(capsys, monkeyp
         compile_network(model, torch.device("cpu"))
         got = model(*inputs)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs + 1  # the trial's and the network's
-        assert "compiles the U-Net" in capsys.readouterr().out and expected.std() > 0.01
+        assert "compiles the network" in capsys.readouterr().out and expected.std() > 0.01
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
         assert list(model.state_dict()) == names
         copied = copy.deepcopy(model)
