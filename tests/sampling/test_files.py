@@ -189,7 +189,8 @@ def test_fingerprint_follows_every_flag_that_decides_the_masks_and_no_other(case
         assert fingerprints(cases[0], text)[0] == expected, text
     others = ["--prediction v", "--prediction xstart", "--sampler ddim", "--sampler ddim --ddim_eta 0.5",
               "--sampler best", "--sampler best --sampling_steps 3", "--seed 1", "--median_blur 3",
-              "--learn_sigma True", "--use_bf16 True", "--clip_denoised False", "--num_heads 2", "--noise_schedule cosine"]
+              "--learn_sigma True", "--use_bf16 True", "--clip_denoised False", "--num_heads 2",
+              "--noise_schedule cosine"]
     seen = {*expected}
     for text in others:
         assert not seen & {*(good := fingerprints(cases[0], text)[0])}, text
