@@ -225,6 +225,7 @@ def test_seed_decides_the_weights(train, tmp_path):
     ["--use_bf16", "True", "--use_checkpoint", "True", "--dropout", "0.1", "--microbatch", "1"],
     ["--kl_weight", "0", "--predict_xstart", "True", "--noise_schedule", "cosine", "--lr_anneal_steps", "2"],
     ["--use_kl", "True", "--resblock_updown", "True", "--image_channels", "1", "--num_filters", "4"],
+    ["--prediction", "v", "--learn_sigma", "True", "--noise_schedule", "cosine"],
 ])
 def test_every_way_to_train_gives_a_model_that_samples(run, train, data, tmp_path, flags):
     result = train("results", "--max_steps", 2, *flags)
