@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from guided_diffusion import resample, samplers, script_util
 from guided_diffusion.commands.cli import run_script as run_main
-from guided_diffusion.data import phantoms
+from guided_diffusion.data import phantoms, stream
 from guided_diffusion.data.cases import Case, SegmentationCases, read_case
 from guided_diffusion.draw import plots
 from guided_diffusion.methods.cimd import CIMD
@@ -353,15 +353,15 @@ def measure_loader(args):
                 np.stack([np.repeat(pixels / np.float32(255), 4, axis=0) for pixels, _ in read])
                 np.stack([masks[:1].astype(np.float32) for _, masks in read])
 
-        def stream(cases):
+        def streamed(cases):
             batches = stream.ShuffledCases(cases).batches(batch)
             return lambda: [stream.to_floats(*next(batches)[:2], 4, DEVICE) for _ in range(count // batch)]
 
         variants = {"decoding the files of a case at every visit": (decode, count),
-                    "the package, from memory": (stream(cases), count)}
+                    "the package, from memory": (streamed(cases), count)}
         cases.MEMORY_BYTES = 0
         variants["the package, from the file beside a larger data set"] = (
-            stream(SegmentationCases(folder, args.image_size)), count)
+            streamed(SegmentationCases(folder, args.image_size)), count)
         rows = as_rows(race(args, variants), {"examples/s": lambda _, own: 1 / median(own)})
     return "Loading training examples", rows, f"{count} phantoms, five JPEG files each; one process."
 
