@@ -31,7 +31,8 @@ COMMAND = re.compile(r"^(?:python|torchrun|mpiexec|cimd-).*", re.MULTILINE)
 OURS = re.compile(rf"(?:\bscripts/)?\b({'|'.join(JOBS)})(?:\.py)? ([^#]*)")
 VARIABLES = dict(re.findall(r'^([A-Z]+_FLAGS)="(.*)"$', README, re.MULTILINE))
 EXTENDING = "docs/extending.md"  # whose commands test_extending.py runs, with the files that they name
-COMMANDS = [(page, *found.groups()) for page, text in PAGES.items() if page != EXTENDING for block in BLOCK.findall(text)
+COMMANDS = [(page, *found.groups()) for page, text in PAGES.items() if page != EXTENDING
+            for block in BLOCK.findall(text)
             for line in COMMAND.findall(block.replace("\\\n", "")) if (found := OURS.search(line))]
 
 
