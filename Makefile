@@ -1,6 +1,7 @@
-# make demo: train a small model for a few minutes, draw and score ensembles for data/testing. make test: run the tests.
+# make: install the package with all that belongs to it into .venv. make demo: train a small model for a few minutes,
+# draw and score ensembles for data/testing; http://localhost:8097 shows it. make test: run the tests. make lint: ruff.
 # make visdom: the server for the live view of runs, http://localhost:8097.
-# They install what they need into .venv first. Another Python: make demo PYTHON=python3.12
+# They install into .venv first, in the versions of constraints.txt. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,15 +16,18 @@ DEMO_FLAGS := --image_size 64 --fit crop --image_channels 1 --num_channels 32 --
   --num_heads 1 --attention_resolutions 8 --num_filters 8,16,32 --predict_xstart True --noise_schedule cosine \
   --lr 1e-3 --lr_anneal_steps 1200 --batch_size 4 --ema_rate 0.99 --use_bf16 $(BF16)
 
-.PHONY: demo test lint visdom clean
+.PHONY: install demo test lint visdom clean
+
+install: .venv/installed
 
 # phantoms are made on the spot: the 24 example cases alone would be learnt by heart
 demo: .venv/installed
 	$(BIN)/python scripts/make_phantoms.py --output_dir $(DEMO)/training --count 2000 --seed 1
 	mkdir -p $(DEMO)/training/example && cp -r data/training/. $(DEMO)/training/example
-	$(BIN)/python scripts/segmentation_train.py --data_dir $(DEMO)/training --results_dir $(DEMO) $(DEMO_FLAGS) --sample_interval 300
+	$(BIN)/python scripts/segmentation_train.py --data_dir $(DEMO)/training --results_dir $(DEMO) $(DEMO_FLAGS) --sample_interval 300 \
+	  --visdom start
 	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path $(DEMO)/emasavedmodel_0.99_001200.pt \
-	  --results_dir $(DEMO) --fit crop --num_ensemble 16 --batch_size auto --sampler best --use_bf16 $(BF16)
+	  --results_dir $(DEMO) --fit crop --num_ensemble 16 --batch_size auto --sampler best --use_bf16 $(BF16) --visdom connect
 	$(BIN)/python scripts/segmentation_evaluate.py --data_dir data/testing --samples_dir $(DEMO) --fit crop
 
 test: .venv/installed
@@ -38,8 +42,8 @@ visdom: .venv/installed
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(PIP) install --quiet --editable ".[mpi,dev]"
+	$(PIP) install --quiet --editable ".[all,dev]"
 	touch $@
 
 clean:
-	rm -rf .venv $(DEMO) *.egg-info
+	rm -rf .venv $(DEMO) build *.egg-info

@@ -1,20 +1,37 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION, = re.findall(r'^__version__ = "(.*)"$', Path("guided_diffusion/__init__.py").read_text(encoding="utf-8"), re.M)
+
+PLOTS = ["matplotlib>=3.10"]
+CLOUD = ["blobfile"]
+MPI = ["mpi4py", "mpich"]  # mpich brings libmpi and mpiexec; leave it away where MPI is installed
+# Visdom for Python 3.11 builds with old setuptools only, see constraints.txt, and serves its page with old tornado only
+VISDOM = ["visdom", 'tornado<6.5; python_version < "3.12"']
+TESTS = ["pytest", "pytest-xdist", "hypothesis", "ruff", "nbclient", "ipykernel", "setuptools>=70.1"]
+
 setup(
     name="guided-diffusion-segmentation",
-    version="0.1.0",
+    version=VERSION,
     description="Ambiguous medical image segmentation with diffusion models",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["guided_diffusion", "guided_diffusion.*"]),
-    package_data={"guided_diffusion.draw": ["report.*"]},
+    package_data={"guided_diffusion": ["py.typed"], "guided_diffusion.draw": ["report.*"]},
     python_requires=">=3.11",
-    install_requires=["torch>=2.6", "numpy", "scipy", "pillow>=10.1", "matplotlib>=3.10", "tqdm", "blobfile", "visdom"],
+    install_requires=["torch>=2.6", "numpy", "pillow>=10.1", "tqdm", "scipy"],
     extras_require={
-        "mpi": ["mpi4py", "mpich"],  # mpich brings libmpi and mpiexec; leave it away where MPI is installed
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "nbclient", "ipykernel"],
+        "plots": PLOTS,  # charts of training and scores, outlines from Python
+        "visdom": VISDOM,  # the live view
+        "cloud": CLOUD,  # results in gs:// and az://
+        "mpi": MPI,  # processes that mpiexec starts
+        # everything that installs without constraints: on Python 3.11 without Visdom
+        "all": [*PLOTS, *CLOUD, *MPI, 'visdom; python_version >= "3.12"'],
+        "dev": [*PLOTS, *CLOUD, *MPI, *VISDOM, *TESTS],
     },
+    entry_points={"console_scripts": [f"cimd-{name} = guided_diffusion.commands.{name}:run"
+                                      for name in ("train", "sample", "evaluate", "phantoms", "replay")]},
 )

@@ -148,7 +148,8 @@ def model_row(training, sampling):
 def draw(stored, usual):
     from matplotlib.figure import Figure
 
-    from guided_diffusion.draw.plots import BLUE, GREEN, GREY, ORANGE, png
+    from guided_diffusion.draw.plots import png
+    from guided_diffusion.draw.style import BLUE, GREEN, GREY, VERMILLION
 
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     axes = figure.subplots(1, 4)
@@ -162,7 +163,7 @@ def draw(stored, usual):
         x, mean, low, high = zip(*((x, s["mean"], s["low"], s["high"]) for x, s in points))
         panel.plot(x, mean, "o-", color=BLUE, label="model")
         panel.fill_between(x, low, high, color=BLUE, alpha=0.2)
-        for (name, colour), style in zip(((ORACLE, GREEN), (MOST_LIKELY, ORANGE), (MEAN, GREY)), ("-", "--", ":")):
+        for (name, colour), style in zip(((ORACLE, GREEN), (MOST_LIKELY, VERMILLION), (MEAN, GREY)), ("-", "--", ":")):
             panel.axhline(stored[name][column]["mean"], color=colour, linestyle=style, label=name)
         panel.set(xlabel=key.replace("_", " "), ylabel=COLUMNS[column], title=f"{value} {fixed.replace('_', ' ')}",
                   xscale="log" if key == "sampling_steps" else "linear")

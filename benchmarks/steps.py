@@ -22,7 +22,7 @@ from guided_diffusion.data import phantoms
 from guided_diffusion.data.cases import FITS, SegmentationCases
 from guided_diffusion.data.masks import to_masks
 from guided_diffusion.respace import SPACINGS
-from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.samplers import SAMPLERS, network_calls
 from guided_diffusion.scoring.evaluation import cell, markdown
 from guided_diffusion.system import storage
 
@@ -43,7 +43,8 @@ def main():
                 name = f"{shown} {walk}"
                 count = args.num_cases if calls < 100 else min(args.num_cases, args.long_cases)
                 if name not in rows:
-                    rows[name] = {"sampler": shown, "spacing": spacing, "calls": SAMPLERS[sampler][1](steps),
+                    made = network_calls(SAMPLERS[sampler], steps)
+                    rows[name] = {"sampler": shown, "spacing": spacing, "calls": made,
                                   **score(args, cases, count, sampler, walk, name)}
                     storage.write_bytes(stored, json.dumps(rows, indent=1).encode())
                     print(name, {k: cell(v) for k, v in rows[name].items() if k in ("GED", "HM_IoU", "excess_GED")},
@@ -84,7 +85,7 @@ def score(args, cases, count, sampler, respacing, name):
     patients = []
     for i, (case, samples) in zip(chosen, bar):
         masks = to_masks(samples)
-        agreement = metrics.Agreement(masks, case.masks)
+        agreement = metrics.Agreement(masks, case.raters)
         scores = {"GED": agreement.ged().item(), "HM_IoU": agreement.hm_iou().item()}
         folder = cases.cases[i].folder
         if (folder / "truth.npz").exists():
@@ -134,9 +135,10 @@ def draw(rows, keys):
     from matplotlib.figure import Figure
 
     from guided_diffusion.draw.plots import png
+    from guided_diffusion.draw.style import CURVES
 
     figure = Figure(figsize=(6 * len(keys), 5.5), layout="constrained")
-    colours = dict(zip(SAMPLERS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")))
+    colours = dict(zip(SAMPLERS, CURVES))
     most = max(len(row["case"]) for row in rows.values())
     for axes, key in zip(figure.subplots(1, len(keys)), keys):
         for sampler, colour in colours.items():

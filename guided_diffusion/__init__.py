@@ -3,6 +3,8 @@
     from guided_diffusion import Segmenter
 """
 
+__version__ = "0.2.0"
+
 
 def __getattr__(name):
     if name == "Segmenter":  # loaded on use, so that importing a part of the library stays cheap

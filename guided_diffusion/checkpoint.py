@@ -6,6 +6,7 @@ In a results folder (a local path, or gs:// or az:// through blobfile), step in 
     emasavedmodel_<rate>_<step>.pt their exponential moving average at that rate
     optsavedmodel<step>.pt         the rest: AMN, ACN, optimiser, gradient scaler, timestep sampler, place in the data
     savedmodel.pt                  the newest weights of the U-Net
+    frozenmodel.pt                 weights that are never trained, of a network that has such
     flags.json                     the flags the run was started with
 """
 
@@ -18,12 +19,13 @@ import zlib
 
 import torch
 
+from .networks.base import frozen_state, trained_state
 from .system import storage
 from .system.errors import InputError
 
 FLAGS_FILE = "flags.json"
 MAX_FLAGS_BYTES = 1 << 20
-NEWEST = "savedmodel.pt"
+NEWEST, FROZEN = "savedmodel.pt", "frozenmodel.pt"
 
 
 def model_name(step):
@@ -76,20 +78,27 @@ def load(path, flag="--model_path"):
 
 
 def load_model(model, path, flag="--model_path"):
-    """Load U-Net weights saved here, by the published code or by openai/guided-diffusion, with strict names.
+    """Load a network's weights saved here, by the published code or by openai/guided-diffusion, with strict names; and
+    those of its frozen parts, if it has any, from the folder's frozenmodel.pt.
 
     :raises InputError: if they are another architecture's, naming what differs.
     """
-    load_state(model, load(path, flag), f"{flag} {path}")
+    load_state(model, load(path, flag), f"{flag} {path}", trained_state(model))
+    if frozen := frozen_state(model):
+        frozen_path = storage.join(storage.folder_of(path), FROZEN)
+        load_state(model, load(frozen_path, flag), f"{flag} {frozen_path}", frozen)
 
 
-def load_state(model, state, what):
-    """Load a state dict, with or without DDP's "module." before each name; InputError if it does not fit."""
+def load_state(model, state, what, wanted=None):
+    """Load a state dict, with or without DDP's "module." before each name; InputError if it does not fit.
+
+    :param wanted: the part of model.state_dict() that it must hold, by default all.
+    """
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) and is_plain(value)
                                                            for name, value in state.items()):
         raise InputError(f"{what}: holds no model weights")
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = model.state_dict()
+    own = model.state_dict() if wanted is None else wanted
     wrong = [f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
              for name in own if name in state and state[name].shape != own[name].shape]
     missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
@@ -99,7 +108,7 @@ def load_state(model, state, what):
     if parts:
         raise InputError(f"{what}: holds another architecture than the model flags describe: weights"
                          f" {', '.join(parts)}; give the flags it was trained with")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=wanted is None)
 
 
 def load_moments(optimizer, stored):
@@ -181,6 +190,8 @@ def load_flags(folder):
     if flags.pop("checksum", None) not in (None, _checksum(flags)):
         raise InputError(f"{path}: does not agree with its checksum; repair it, or take the line of the checksum out if"
                          f" it was changed on purpose")
+    if "predict_xstart" in flags:  # of a run from before there were other predictions
+        flags.setdefault("prediction", "xstart" if flags["predict_xstart"] is True else "eps")
     return flags
 
 

@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 
 from . import logger
-from .system import rank_watch
+from .system import packages, rank_watch
 from .system.errors import InputError
+from .system.terminal import program_name
 
 watch = None  # the RankWatch of this process, if it is one of several
 _FOREVER = timedelta(days=365)  # ends a collective: never, since it is the watch that looks for ranks that hang
 
 
-def setup_dist(ngpu=0, local_rank=None, timeout=600):
+def setup_dist(ngpu=0, local_rank=None, timeout=600, program=None):
     """Join the processes that the launcher started; alone, do nothing.
 
     Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, ... in the environment) and mpiexec (through
@@ -31,6 +32,7 @@ def setup_dist(ngpu=0, local_rank=None, timeout=600):
         than 1, the script starts itself again that many times, and leaves with their exit code.
     :param local_rank: what old launchers pass as a flag; newer ones set LOCAL_RANK, which wins.
     :param timeout: seconds to wait for processes to join, and later until one that hangs ends the run.
+    :param program: the words that start this program again with all its flags; None for python and this script.
     :raises InputError: if they do not join, or there are more of them than GPUs.
     """
     global watch
@@ -40,7 +42,7 @@ def setup_dist(ngpu=0, local_rank=None, timeout=600):
         _environment_from_mpi()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if ngpu > 1 and "WORLD_SIZE" not in os.environ:
-        sys.exit(_launch(ngpu))
+        sys.exit(_launch(ngpu, program or [sys.executable, "-u", *sys.argv]))
     if ngpu and ngpu != world_size:
         raise InputError(f"--ngpu {ngpu}, but the launcher started {world_size} process(es); leave --ngpu away",
                          on_every_rank=True)
@@ -73,7 +75,7 @@ def _join(timeout):
         end = time.monotonic() + timeout + 5  # for what has no timeout of its own
         while not joined.wait(0.5):
             if time.monotonic() > end or rank_watch.orphaned():
-                print(f"{sys.argv[0]}: error: {apart}", file=sys.stderr, flush=True)
+                print(f"{program_name()}: error: {apart}", file=sys.stderr, flush=True)
                 os._exit(2)
 
     threading.Thread(target=look_after, daemon=True).start()
@@ -91,8 +93,8 @@ def _join(timeout):
         joined.set()
 
 
-def _launch(ngpu):
-    """Run this script in so many processes under torchrun; returns the exit code of the run."""
+def _launch(ngpu, program):
+    """Run the words of a program in so many processes under torchrun; returns the exit code of the run."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -103,7 +105,7 @@ def _launch(ngpu):
     if hasattr(signal, "SIGUSR1"):  # torchrun passes on the others by itself
         signal.signal(signal.SIGUSR1, pass_on)
     try:
-        run(parse_args(["--standalone", f"--nproc_per_node={ngpu}", *sys.argv]))
+        run(parse_args(["--standalone", f"--nproc_per_node={ngpu}", "--no-python", *program]))
     except SignalException as stop:
         return 128 + stop.sigval
     except ChildFailedError as error:
@@ -128,6 +130,7 @@ def _mpi_size():
 
 def _environment_from_mpi():
     """Set the variables that torchrun would have set."""
+    packages.require("mpi4py", "mpiexec")
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -183,6 +186,11 @@ def world_size():
 def dev():
     """The device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """The device that a module's parameters are on."""
+    return next(module.parameters()).device
 
 
 def to_device(tensor, device):

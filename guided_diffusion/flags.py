@@ -1,73 +1,37 @@
-"""The single table of all flags, their values, and those that a run has stored."""
+"""The single table of all flags, their values, and those that a run has stored.
 
-import sys
-from typing import Any, NamedTuple
+Flags of an entry of a table (a method, a network, a sampler, ...) are declared in the entry's own file and join here.
+"""
 
-from .respace import SPACINGS
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from .data.readers import READERS
+from .gaussian_diffusion import SCHEDULES
+from .methods import METHODS
+from .metrics import SCORES
+from .networks import NETWORKS
+from .predictions import PREDICTIONS
 from .samplers import SAMPLERS
 from .system.errors import InputError
+from .system.flag import Flag, check_value, number_or_auto
+from .system.registry import load_plugin
 
+TABLES = (METHODS, NETWORKS, PREDICTIONS, SCHEDULES, SAMPLERS, READERS, SCORES)
 
-class Flag(NamedTuple):
-    name: str
-    type: Any  # int, float, str, bool, or a tuple of the words allowed
-    default: Any
-    help: str
-    group: str
-    least: Any = None  # the smallest value allowed
-    most: Any = sys.maxsize  # the largest; below that of 64 bits where larger ones would end in want of memory
-
-
-def number_or_auto(text):
-    return text if text == "auto" else int(text)
-
-
-FLAGS = [
+_COMMON = [
+    Flag("method", METHODS, "cimd", "what is trained and drawn from", "model"),
+    Flag("network", NETWORKS, "unet", "the network of the method", "model"),
     Flag("image_size", int, 64, "side of images and masks in pixels; the U-Net halves it once a level", "model",
          most=8192),
     Flag("image_channels", int, 4, "channels of the scan; a single-channel image is repeated (published: 4)",
          "model", least=1, most=1024),
-    Flag("num_channels", int, 128, "channels at full resolution, a multiple of 32; the cost grows with its square",
-         "model", most=16384),
-    Flag("num_res_blocks", int, 2, "residual blocks a level", "model", least=1, most=1024),
-    Flag("channel_mult", str, "", "channels of each level as multiples of num_channels, as in 1,2,3,4; sizes 64, 128,"
-         " 256 and 512 have a default", "model"),
-    Flag("num_heads", int, 4, "attention heads", "model", least=1),
-    Flag("num_heads_upsample", int, -1, "attention heads on the way up (-1: num_heads)", "model"),
-    Flag("num_head_channels", int, -1, "channels of one attention head, instead of num_heads (-1: off)", "model"),
-    Flag("attention_resolutions", str, "16,8", "sides of the feature maps that get attention", "model"),
-    Flag("dropout", float, 0.0, "dropout in the residual blocks, 0 to 1", "model", least=0),
-    Flag("class_cond", bool, False, "condition on a class label; from Python only, since the data hold no classes",
-         "model"),
-    Flag("use_checkpoint", bool, False, "recompute activations in the backward pass: less memory, more time", "model"),
-    Flag("use_scale_shift_norm", bool, True, "let the timestep scale and shift the norms (else it is added)", "model"),
-    Flag("resblock_updown", bool, False, "change resolution in residual blocks, not by strided convolutions", "model"),
-    Flag("use_new_attention_order", bool, False, "order of q, k, v in attention weights; must be the checkpoint's",
-         "model"),
     Flag("use_fp16", bool, False, "half precision with loss scaling, CUDA only", "model"),
     Flag("use_bf16", bool, False, "bfloat16, CUDA or CPU; needs no loss scaling", "model"),
 
-    Flag("input_channels_dist", int, 1, "image channels that AMN and ACN see (the first ones)", "encoders", least=1),
-    Flag("num_filters", str, "32,64,128,192", "filters of each block of AMN and ACN", "encoders"),
-    Flag("no_convs_per_block", int, 3, "convolutions a block of AMN and ACN", "encoders", least=1, most=1024),
-    Flag("latent_dim", int, 6, "dimensions of their latent Gaussian", "encoders", least=1, most=65536),
-    Flag("kl_weight", float, 0.001, "weight of KL(AMN || ACN) in the loss; 0 trains the plain diffusion ensemble,"
-         " without AMN and ACN", "encoders", least=0),
-
-    Flag("learn_sigma", bool, False, "learn the variance of each denoising step, too", "diffusion"),
-    Flag("diffusion_steps", int, 1000, "timesteps of the diffusion process", "diffusion", least=1, most=10 ** 6),
-    Flag("noise_schedule", ("linear", "cosine"), "linear", "how noise grows with the timestep", "diffusion"),
-    Flag("timestep_respacing", str, "", 'use fewer timesteps: "250" evenly, "10,15,20" a third each, "ddim25" at a'
-         ' whole stride, "trailing10", "quadratic10", "logsnr10" as --timestep_spacing; "" uses all', "diffusion"),
-    Flag("use_kl", bool, False, "train on the variational bound instead of the squared error", "diffusion"),
-    Flag("predict_xstart", bool, False, "predict the mask instead of the noise", "diffusion"),
-    Flag("rescale_timesteps", bool, False, "hand the U-Net timesteps scaled to 0..1000", "diffusion"),
-    Flag("rescale_learned_sigmas", bool, False, "scale the variance's loss by diffusion_steps / 1000", "diffusion"),
-
     Flag("data_dir", str, "./data/training", "folder with one folder a case: image_<n>.jpg, label0_.jpg, ...",
          "training"),
-    Flag("schedule_sampler", ("uniform", "loss-second-moment"), "uniform", "which timesteps training draws: all alike,"
-         " or more of those with a large loss", "training"),
     Flag("lr", float, 1e-4, "learning rate of AdamW", "training", least=0),
     Flag("weight_decay", float, 0.0, "weight decay of AdamW", "training", least=0),
     Flag("lr_anneal_steps", int, 0, "bring the learning rate linearly to 0 over so many steps, then stop (0: constant)",
@@ -108,18 +72,6 @@ FLAGS = [
     Flag("num_samples", int, 0, "sample the first so many cases (0: all)", "sampling", least=0),
     Flag("batch_size", number_or_auto, 1, "masks drawn at once, across cases and members (auto: as many as pay and"
          " fit)", "sampling", least=1, most=10 ** 6),
-    Flag("clip_denoised", bool, True, "clip the predicted mask to its range at every step", "sampling"),
-    Flag("sampler", (*SAMPLERS, "best"), "ancestral", "how to walk from noise to a mask: ancestral, as published; ddim;"
-         " dpm++ and heun, of second order; dpm++sde, dpm++ with noise; best, the fewest calls that lose nothing",
-         "sampling"),
-    Flag("sampling_steps", int, 0, "steps of the sampler (0: those of timestep_respacing, every one by default)",
-         "sampling", least=0),
-    Flag("timestep_spacing", SPACINGS, "uniform", "where sampling_steps puts them: evenly down to 0; evenly, the last"
-         " call a whole step before 0; evenly in the square root of t; evenly in the log-SNR where masks are decided",
-         "sampling"),
-    Flag("use_ddim", bool, False, "the published spelling of --sampler ddim", "sampling"),
-    Flag("ddim_eta", float, 0.0, "noise of DDIM: 0 deterministic, 1 as much as ancestral steps", "sampling",
-         least=0, most=1),
     Flag("median_blur", int, 0, "smooth each mask with a median filter of this odd side (0: do not)",
          "sampling", least=0, most=8191),
     Flag("evaluate", bool, False, "score the masks against the raters' and write the scores rather than the masks",
@@ -130,17 +82,21 @@ FLAGS = [
     Flag("samples_dir", str, "./results", "folder with the masks to score, of this model or any other", "evaluation"),
     Flag("pattern", str, "{case}_output{i}.png", "where in samples_dir the masks of a case are: {case} is the name of"
          " its folder, {i} counts its masks, as in {case}/mask_{i}.png", "evaluation"),
-    Flag("num_samples", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
-         "evaluation"),
     Flag("skip_missing", bool, False, "score the cases that have masks only, rather than refuse", "evaluation"),
-    Flag("patient_pattern", str, r"\D*\d+", "regular expression for the patient in the name of a case; intervals"
-         " resample patients. By default all up to the end of the first number", "evaluation"),
     Flag("output_dir", str, "", "folder for scores.csv, .json, .png, best.png and worst.png (default: samples_dir)",
          "evaluation"),
+
+    Flag("ensemble_sizes", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
+         "scoring"),
+    Flag("patient_pattern", str, r"\D*\d+", "regular expression for the patient in the name of a case; intervals"
+         " resample patients. By default all up to the end of the first number", "scoring"),
 
     Flag("compile", bool, False, "let torch.compile fuse the U-Net's operations; meant for CUDA, as the convolutions"
          " of a CPU gain nothing. Goes on without where no compiler works", "speed"),
 
+    Flag("plugin", str, "", "Python file, or several with commas, with methods, networks, predictions, samplers,"
+         " readers or scores of your own, see docs/extending.md; each command that needs them needs it named",
+         "files and processes"),
     Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of another size than image_size, or than"
          " the masks to score", "files and processes"),
     Flag("seed", int, 0, "seed of everything random", "files and processes", least=0),
@@ -152,68 +108,104 @@ FLAGS = [
 
     Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
          " $OPENAI_LOGDIR, else ./results)", "results"),
-    Flag("visdom_env", str, "", "name of the run on Visdom's page (default: that of the results folder)", "results"),
     Flag("results_dir", str, "", "results folder with the visdom.log to show (default: $OPENAI_LOGDIR, else ./results)",
          "replay"),
 
-    Flag("visdom", ("connect", "start"), "connect", "draw on the Visdom server on this machine if there is one, or"
-         " start one, which stays when the run has ended", "visdom"),
-    Flag("visdom_port", int, 8097, "its port (0: draw nothing)", "visdom", least=0, most=65535),
+    Flag("visdom", ("connect", "start"), "connect", "send it to the Visdom server on this machine, or start one, which"
+         " stays when this has ended", "replay"),
+
+    Flag("visdom", ("off", "connect", "start"), "off", "show the run on the Visdom server on this machine, or start"
+         " one, which stays when the run has ended; a port or server that is given asks to connect", "visdom"),
+    Flag("visdom_env", str, "", "name of the run on Visdom's page (default: that of the results folder)", "visdom"),
+    Flag("visdom_port", int, 8097, "port of the Visdom server (0: show nothing)", "server", least=0, most=65535),
     Flag("visdom_server", str, "", "send the view, scans and masks included, to another machine's Visdom server, as in"
          " https://host:port/path; VISDOM_USERNAME and VISDOM_PASSWORD log in (default: send nothing elsewhere)",
-         "visdom"),
+         "server"),
 ]
 
+
+class _Flags:
+    """All flags, those of entries that a plugin has just brought, too."""
+
+    def __iter__(self) -> Iterator[Flag]:
+        yield from _COMMON
+        owned = {}
+        for table in TABLES:
+            for flag in table.flags():
+                if flag.name in {other.name for other in _COMMON} or owned.setdefault(flag.name, flag) != flag:
+                    file = table.entries[table.owners(flag.name)[0]].file
+                    raise InputError(f"--{flag.name}: is declared in {file}, but is another flag already; rename it"
+                                     f" there")
+        yield from owned.values()
+
+
+FLAGS = _Flags()
+
+# the groups of flags that say what a model is
+_IDENTITY = ("model", "diffusion", "encoders", "method")
 # These change how the network is run or trained, not what it is; they may differ from the stored ones.
 _FREE = {"dropout", "use_checkpoint", "use_fp16", "use_bf16", "timestep_respacing"}
-# What of a run's stored flags the readers of its checkpoints go by.
-STORED = [flag for flag in FLAGS if flag.group in ("model", "diffusion", "encoders") and flag.name not in _FREE]
 
 
-def defaults(*groups):
-    """Defaults of the flags of these groups, as a dict."""
+def identity_flags() -> list[Flag]:
+    """What of a run's stored flags the readers of its checkpoints go by."""
+    return [flag for flag in FLAGS if flag.group in _IDENTITY and flag.name not in _FREE]
+
+
+def defaults(*groups: str) -> dict[str, Any]:
+    """Defaults of the flags of these groups."""
     return {flag.name: flag.default for flag in FLAGS if flag.group in groups}
 
 
-def pick(args, *groups):
-    """The flags of these groups out of a namespace, as a dict for the functions above."""
+def default(group: str, name: str) -> Any:
+    """The default of one flag of a group."""
+    return defaults(group)[name]
+
+
+def pick(args: SimpleNamespace, *groups: str) -> dict[str, Any]:
+    """The flags of these groups out of a namespace."""
     return {name: getattr(args, name) for name in defaults(*groups)}
 
 
-def parse_numbers(kind, text, flag):
-    """"1,2,3" -> [1, 2, 3] of type `kind`; [] for an empty text; InputError naming the flag for anything else."""
-    try:
-        return [kind(part) for part in str(text).split(",")] if text else []
-    except ValueError:
-        raise InputError(f"--{flag} {text}: is not a list of numbers separated by commas") from None
+def load_plugins(paths: str) -> None:
+    """Run the files that --plugin names. :raises InputError: see load_plugin."""
+    for path in filter(None, paths.split(",")):
+        load_plugin(path)
+
+
+def settle(args: SimpleNamespace, given: dict[str, Any]) -> None:
+    """Bring the flags of the chosen entries into agreement, in place.
+
+    :param given: those that the user gave, by name.
+    :raises InputError: for flags that have no effect, or are of an entry that is not chosen, and as
+        Method.settle_flags.
+    """
+    METHODS[args.method].settle_flags(args, given)
+    idle = METHODS[args.method].idle_flags(args)
+    values = {flag.name: flag.default for table in TABLES for flag in table.flags()}
+    for name, why in idle.items():
+        if given.get(name, values[name]) != values[name]:
+            raise InputError(f"--{name} {given[name]}: has no effect {why}; leave it away")
+    for table in TABLES:
+        chosen = getattr(args, table.flag, None)
+        for name in given:
+            owners = table.owners(name) if name in values and given[name] != values[name] else []
+            if chosen is not None and owners and chosen not in owners:
+                raise InputError(f"--{name} {given[name]}: is a flag of --{table.flag} {' and '.join(owners)}, but"
+                                 f" --{table.flag} is {chosen}; leave it away, or choose another --{table.flag}")
 
 
 # ---- stored flags ----
 
-def stored_flags(args):
+def stored_flags(args: SimpleNamespace) -> dict[str, Any]:
     """What flags.json holds of a run: all its flags but the rank, which is each process's own."""
     return {name: value for name, value in vars(args).items() if name != "local_rank"}
 
 
-def check_value(flag, value, name):
-    """InputError, calling the flag `name`, unless this is a value of its type and within its limits."""
-    kinds = {float: (int, float), number_or_auto: (int, str)}.get(flag.type, (flag.type,))
-    if isinstance(flag.type, tuple):
-        if value not in flag.type:
-            raise InputError(f"{name} {value!r}: must be one of {', '.join(flag.type)}")
-    elif type(value) not in kinds:
-        raise InputError(f"{name} {value!r}: must be of the type {kinds[-1].__name__}")
-    if type(value) in (int, float):
-        if flag.least is not None and not value >= flag.least:
-            raise InputError(f"{name} {value}: must be at least {flag.least}")
-        if not abs(value) <= flag.most:  # nor is nan
-            raise InputError(f"{name} {value}: must be a number of at most {flag.most}")
-
-
-def apply_stored_flags(args, given, stored, where):
+def apply_stored_flags(args: SimpleNamespace, given: dict[str, Any], stored: dict[str, Any], where: str) -> None:
     """Set those of args that the user did not give to what the run in the results folder `where` was started with.
 
-    :param stored: all its flags, of which those of the model, the encoders and the process are taken.
+    :param stored: all its flags, of which those that say what the model is are taken.
     :raises InputError: if a flag was given, and otherwise than stored, or if what is stored is not a flag's value.
     """
     check_stored_flags(stored, where)
@@ -221,19 +213,20 @@ def apply_stored_flags(args, given, stored, where):
     if clash:
         raise InputError(f"{', '.join(clash)}: not what the model in {where} was built with; leave the flag(s) away,"
                          f" or use another folder")
-    for flag in STORED:
+    for flag in identity_flags():
         if flag.name in stored and hasattr(args, flag.name):
             setattr(args, flag.name, stored[flag.name])
 
 
-def check_stored_flags(stored, where):
+def check_stored_flags(stored: dict[str, Any], where: str) -> None:
     """Raise InputError unless what is stored in the results folder `where` are values that its flags can have."""
-    for flag in STORED:
+    for flag in identity_flags():
         if flag.name in stored:
             check_value(flag, stored[flag.name], f"{where}/flags.json: {flag.name}")
 
 
-def differing(given, stored, *others):
-    """Those of STORED, and of the other names, that were given otherwise than stored, as strings for a message."""
-    return [f"--{name} {given[name]} (there: {stored[name]})" for name in (*(flag.name for flag in STORED), *others)
+def differing(given: dict[str, Any], stored: dict[str, Any], *others: str) -> list[str]:
+    """Those of identity_flags, and of the other names, that were given otherwise than stored, for a message."""
+    return [f"--{name} {given[name]} (there: {stored[name]})"
+            for name in (*(flag.name for flag in identity_flags()), *others)
             if name in given and name in stored and given[name] != stored[name]]

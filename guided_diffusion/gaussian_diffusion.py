@@ -9,17 +9,20 @@ import enum
 import math
 
 import torch
+from torch import Tensor
 
 from . import samplers
 from .losses import NATS_PER_BIT, discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
+from .predictions import PREDICTIONS
+from .system.registry import Registry
 
 
-class ModelMeanType(enum.Enum):
-    """What the network predicts."""
+class ModelMeanType(enum.StrEnum):
+    """What the network predicts: the published names of two entries of PREDICTIONS."""
 
-    EPSILON = enum.auto()  # the noise
-    START_X = enum.auto()  # x_0
+    EPSILON = "eps"
+    START_X = "xstart"
 
 
 class ModelVarType(enum.Enum):
@@ -41,22 +44,32 @@ class LossType(enum.Enum):
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
-def get_named_beta_schedule(name, num_timesteps):
-    """Betas of the schedule "linear" ([DDPM] section 4) or "cosine" ([iDDPM] eq. 17), [T] float64.
+SCHEDULES = Registry("noise_schedule")  # number of timesteps T -> betas, [T] float64
 
-    The linear one runs from 0.0001 to 0.02 for T = 1000; other T scale both ends by 1000 / T, so that x_T is
-    equally noisy; it needs T > 20, else the last beta reaches 1.
-    """
-    if name == "linear":
-        scale = 1000 / num_timesteps
-        if scale * 0.02 >= 1:
-            raise ValueError(f"the linear schedule needs more than 20 steps, not {num_timesteps}")
-        return torch.linspace(scale * 0.0001, scale * 0.02, num_timesteps, dtype=torch.float64)
-    if name == "cosine":
-        u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-        alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
-    raise ValueError(f"no noise schedule is called {name!r}: use linear or cosine")
+
+@SCHEDULES.add("linear", "betas from 0.0001 to 0.02")
+def linear_betas(num_timesteps: int) -> Tensor:
+    """[DDPM] section 4: betas from 0.0001 to 0.02 for T = 1000; other T scale both ends by 1000 / T, so that x_T is
+    equally noisy. It needs T > 20, else the last beta reaches 1."""
+    scale = 1000 / num_timesteps
+    if scale * 0.02 >= 1:
+        raise ValueError(f"the linear schedule needs more than 20 steps, not {num_timesteps}")
+    return torch.linspace(scale * 0.0001, scale * 0.02, num_timesteps, dtype=torch.float64)
+
+
+@SCHEDULES.add("cosine", "the share of signal falls as a squared cosine")
+def cosine_betas(num_timesteps: int) -> Tensor:
+    """[iDDPM] eq. 17."""
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+
+
+def get_named_beta_schedule(name: str, num_timesteps: int) -> Tensor:
+    """Betas of one of SCHEDULES, [T] float64; ValueError if there is none of this name, or none of so many steps."""
+    if name not in SCHEDULES:
+        raise ValueError(f"no noise schedule is called {name!r}: use {' or '.join(SCHEDULES)}")
+    return SCHEDULES[name](num_timesteps)
 
 
 class GaussianDiffusion:
@@ -66,6 +79,7 @@ class GaussianDiffusion:
     variance is learned.
 
     :param betas: [T], each in (0, 1).
+    :param model_mean_type: what the denoiser predicts, a name of PREDICTIONS.
     :param x_range: the values that x_0 spans: background and foreground. `clip_denoised` clips to it.
     :param levels: number of values x_0 takes, evenly spaced over x_range; a mask has two.
     :param rescale_timesteps: hand the network timesteps scaled to 0..1000 whatever T.
@@ -78,7 +92,7 @@ class GaussianDiffusion:
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be one row of numbers in (0, 1)")
-        self.model_mean_type = model_mean_type
+        self.model_mean_type, self.prediction = model_mean_type, PREDICTIONS[model_mean_type]
         self.model_var_type = model_var_type
         self.loss_type = loss_type
         self.x_range = x_range
@@ -198,8 +212,7 @@ class GaussianDiffusion:
         else:
             log_variance = self.at("fixed_large_log_variance", t, x).expand_as(x)
 
-        if self.model_mean_type == ModelMeanType.EPSILON:
-            prediction = self.predict_xstart_from_eps(x, t, prediction)
+        prediction = self.prediction.x_start(self, prediction, x, t)
         if denoised_fn is not None:
             prediction = denoised_fn(prediction)
         if clip_denoised:
@@ -247,7 +260,7 @@ class GaussianDiffusion:
             return {"loss": loss, "vb": loss, "pred_xstart": p["pred_xstart"]}
 
         channels = x_start.shape[1]
-        target = noise if self.model_mean_type == ModelMeanType.EPSILON else x_start
+        target = self.prediction.target(self, x_start, noise, t)
         terms = {"mse": mean_flat((target - output[:, :channels]) ** 2), "pred_xstart": p["pred_xstart"]}
         terms["loss"] = terms["mse"]
         if self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):

@@ -6,16 +6,34 @@ with all masks serves all scores. Two empty masks agree fully: their IoU and Dic
 
     scores = metrics.scores(predictions, raters)             # every score, by its name
     ged = metrics.Agreement(predictions, raters).ged()       # one of them
+
+Another score is a function of an Agreement that gives one number for each set of masks. Registered, it is in every
+table, chart and file of scores:
+
+    @SCORES.add("area_error", "mean area of the masks less that of the raters, in pixels; 0 is best")
+    def area_error(agreement):
+        return agreement.area[..., :agreement.n].mean(-1) - agreement.area[..., agreement.n:].mean(-1)
 """
 
 import math
 import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from .system.errors import InputError
+from .system.registry import Registry, place_of
+
+SCORES = Registry("score")  # functions of an Agreement; a score's own flags are their keyword arguments
+PATIENT_PATTERN = r"\D*\d+"  # the patient in the name of a case: all up to the end of the first number
 SOFT_DICE_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ECE_BINS = 10
+
+Masks = np.ndarray | torch.Tensor  # bool [..., number of masks, H, W]
+Distance = Literal["IoU", "Dice"]
 
 
 class Agreement:
@@ -24,41 +42,52 @@ class Agreement:
     :param predictions: bool [..., n, H, W], an array or a tensor on any device.
     :param raters: bool [..., m, H, W]; the leading axes (cases, say) broadcast against those of the predictions.
     :raises ValueError: for masks that are not bool, an empty set, or sizes that differ.
+
+    For scores to use, all on the device of the predictions:
+
+    shape: the leading one, of every score; n, m: how many predictions and raters; pixels: of a mask
+    masks: bool [..., n + m, H, W], predictions first
+    area: float64 [..., n + m], in pixels; intersection: float64 [..., n + m, n + m], of every pair
+    votes_p, votes_y: int64 [..., pixels], how many predictions, or raters, mark each pixel
     """
 
-    def __init__(self, predictions, raters):
+    def __init__(self, predictions: Masks, raters: Masks):
         predictions, raters = _masks(predictions, "predictions"), _masks(raters, "raters")
         if predictions.shape[-2:] != raters.shape[-2:]:
             raise ValueError(f"predictions are {list(predictions.shape[-2:])} pixels, but raters"
                              f" {list(raters.shape[-2:])}")
-        lead = torch.broadcast_shapes(predictions.shape[:-3], raters.shape[:-3])
+        self.shape = torch.broadcast_shapes(predictions.shape[:-3], raters.shape[:-3])
         self.n, self.m = predictions.shape[-3], raters.shape[-3]
-        masks = torch.cat([x.expand(*lead, *x.shape[-3:]) for x in (predictions, raters.to(predictions.device))], -3)
-        masks = masks.flatten(-2)  # [..., n + m, pixels]
+        self.masks = torch.cat([x.expand(*self.shape, *x.shape[-3:])
+                                for x in (predictions, raters.to(predictions.device))], -3)  # [..., n + m, H, W]
+        masks = self.masks.flatten(-2)  # [..., n + m, pixels]
         self.pixels = masks.shape[-1]
         # sums of up to 2**24 ones are exact in float32, in TF32 as well
         ones = masks.to(torch.float32 if self.pixels <= 1 << 24 else torch.float64)
         with torch.autocast(ones.device.type, enabled=False):
             self.intersection = (ones @ ones.mT).double()  # [..., n + m, n + m]
         self.area = self.intersection.diagonal(dim1=-2, dim2=-1)
-        self.votes_p = masks[..., :self.n, :].sum(-2)  # [..., pixels], how many mark each pixel
+        self.votes_p = masks[..., :self.n, :].sum(-2)  # [..., pixels]
         self.votes_y = masks[..., self.n:, :].sum(-2)
 
     # ---- pairs of masks ----
 
-    def similarity(self, kind="IoU"):
+    def similarity(self, kind: Distance = "IoU") -> torch.Tensor:
         """IoU or Dice of every pair, [..., n + m, n + m], predictions first."""
         areas = self.area[..., :, None] + self.area[..., None, :]
         above, below = {"IoU": (self.intersection, areas - self.intersection),
                         "Dice": (2 * self.intersection, areas)}[kind]
         return torch.where(below > 0, above / below.clamp(min=1), 1.0)
 
-    def distances(self, kind="IoU"):
+    def distances(self, kind: Distance = "IoU") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """d = 1 - IoU (or 1 - Dice) within P [..., n, n], across [..., n, m] and within Y [..., m, m]."""
         d, n = 1 - self.similarity(kind), self.n
         return d[..., :n, :n], d[..., :n, n:], d[..., n:, n:]
 
-    def ged(self, kind="IoU", unbiased=False):
+    # ---- scores, in the order of tables and files ----
+
+    @SCORES.add("GED", "squared generalised energy distance of masks and raters; 0 is best")
+    def ged(self, kind: Distance = "IoU", unbiased: bool = False) -> torch.Tensor:
         """Squared generalised energy distance: 2 mean d(p, y) - mean d(p, p') - mean d(y, y'); lower is better.
 
         Kohl et al. 2018 (arXiv 1806.05034), eq. 6 and appendix B. Each mean is over all ordered pairs, a mask with
@@ -70,19 +99,14 @@ class Agreement:
         within_p, across, within_y = self.distances(kind)
         return 2 * across.mean((-2, -1)) - _pair_mean(within_p, not unbiased) - _pair_mean(within_y, not unbiased)
 
-    def diversity(self, kind="IoU"):
-        """Mean d(p, p') over pairs of different members, in [0, 1]; 0 for one prediction.
+    @SCORES.add("GED_unbiased", "GED that compares no mask with itself; 0 in expectation for draws of the raters'"
+                " distribution, may be below 0")
+    def ged_unbiased(self) -> torch.Tensor:
+        """Squared generalised energy distance without bias: see ged."""
+        return self.ged(unbiased=True)
 
-        It does not depend on n by itself, so it compares with rater_diversity. (GED's own term counts a mask with
-        itself, too: it is this times (n - 1) / n.)
-        """
-        return _pair_mean(self.distances(kind)[0], diagonal=False)
-
-    def rater_diversity(self, kind="IoU"):
-        """Mean d(y, y') over pairs of different raters, in [0, 1]; 0 for one rater."""
-        return _pair_mean(self.distances(kind)[2], diagonal=False)
-
-    def hm_iou(self):
+    @SCORES.add("HM_IoU", "Hungarian-matched IoU: mean IoU of the best one-to-one matching; 1 is best")
+    def hm_iou(self) -> torch.Tensor:
         """Hungarian-matched IoU, in [0, 1]: the mean IoU of the best one-to-one matching of P with Y.
 
         Kohl et al. 2019 (arXiv 1905.13077). Both sets are repeated to the least common multiple of n and m, so that
@@ -99,15 +123,27 @@ class Agreement:
             result[place] = iou[linear_sum_assignment(iou, maximize=True)].mean()
         return torch.from_numpy(result).to(self.area.device)
 
-    def best_dice(self):
+    def best_dice(self) -> torch.Tensor:
         """For each rater the best Dice among the predictions, [..., m] in [0, 1]."""
         return self.similarity("Dice")[..., :self.n, self.n:].amax(-2)
 
-    def d_max(self):
+    @SCORES.add("D_max", "mean over raters of the best Dice among the masks; 1 is best")
+    def d_max(self) -> torch.Tensor:
         """Maximum Dice matching: mean of best_dice, in [0, 1] (CIMD, arXiv 2304.04745, section 4)."""
         return self.best_dice().mean(-1)
 
-    def d_a(self):
+    @SCORES.add("S_c", "combined sensitivity: share of the raters' union that the masks' union covers; 1 is best")
+    def s_c(self) -> torch.Tensor:
+        """Combined sensitivity, in [0, 1]: the share of the union of Y that the union of P covers (CIMD, section 4).
+
+        Where no rater marks anything it is 1 if no prediction does either, else 0.
+        """
+        union_p, union_y = self.votes_p > 0, self.votes_y > 0
+        hit, all_y = (union_p & union_y).sum(-1).double(), union_y.sum(-1).double()
+        return torch.where(all_y > 0, hit / all_y.clamp(min=1), (~union_p.any(-1)).double())
+
+    @SCORES.add("D_a", "diversity agreement: whether the masks differ as much as the raters; 1 is best")
+    def d_a(self) -> torch.Tensor:
         """Diversity agreement, in [0, 1] (CIMD, section 4).
 
         1 - (|Vmax_P - Vmax_Y| + |Vmin_P - Vmin_Y|) / 2, V the variance over pixels of p - p' (values -1, 0, 1) for a
@@ -123,18 +159,8 @@ class Agreement:
         low_y, high_y = _extremes(variance[..., self.n:, self.n:])
         return 1 - ((high_p - high_y).abs() + (low_p - low_y).abs()) / 2
 
-    # ---- the sets as wholes ----
-
-    def s_c(self):
-        """Combined sensitivity, in [0, 1]: the share of the union of Y that the union of P covers (CIMD, section 4).
-
-        Where no rater marks anything it is 1 if no prediction does either, else 0.
-        """
-        union_p, union_y = self.votes_p > 0, self.votes_y > 0
-        hit, all_y = (union_p & union_y).sum(-1).double(), union_y.sum(-1).double()
-        return torch.where(all_y > 0, hit / all_y.clamp(min=1), (~union_p.any(-1)).double())
-
-    def ci(self):
+    @SCORES.add("CI", "collective insight, of S_c, D_max and D_a; 1 is best")
+    def ci(self) -> torch.Tensor:
         """Collective insight, 3 S_c D_max D_a / (S_c + D_max + D_a), in [0, 1]; 0 if all three are 0.
 
         CIMD, section 4. As published: it is no harmonic mean, which would be 3 / (1/S_c + 1/D_max + 1/D_a).
@@ -142,7 +168,8 @@ class Agreement:
         s_c, d_max, d_a = self.s_c(), self.d_max(), self.d_a()
         return 3 * s_c * d_max * d_a / (s_c + d_max + d_a).clamp(min=torch.finfo(torch.float64).tiny)
 
-    def soft_dice(self, thresholds=SOFT_DICE_THRESHOLDS):
+    @SCORES.add("soft_Dice", "Dice of the masks' mean with the raters' mean, over thresholds; 1 is best")
+    def soft_dice(self, thresholds: Sequence[float] = SOFT_DICE_THRESHOLDS) -> torch.Tensor:
         """Dice of the mean of P with the mean of Y, both cut above each threshold, averaged; in [0, 1].
 
         Ji et al. 2021 (MRNet, CVPR), with their thresholds; QUBIQ takes 0.1, 0.2 .. 0.9.
@@ -155,14 +182,15 @@ class Agreement:
         hit, areas = (p & y).sum(-1).double(), (p.sum(-1) + y.sum(-1)).double()
         return torch.where(areas > 0, 2 * hit / areas.clamp(min=1), 1.0).mean(-1)
 
-    def calibration(self, bins=ECE_BINS):
+    def calibration(self, bins: int = ECE_BINS) -> torch.Tensor:
         """Pixels by their probability of foreground, the mean of P: a table [..., 3, bins] of sums over the pixels
         of each bin, of 1, of the mean of P and of the mean of Y. Bin b holds b / bins <= probability < (b + 1) / bins,
         the last one 1 as well.
         """
         return _calibration(self.votes_p, self.n, self.votes_y.double() / self.m, bins)
 
-    def ece(self, bins=ECE_BINS):
+    @SCORES.add("ECE", "expected calibration error of the masks' mean, over all pixels; 0 is best")
+    def ece(self, bins: int = ECE_BINS) -> torch.Tensor:
         """Expected calibration error of the mean of P against the mean of Y over all pixels, in [0, 1].
 
         Guo et al. 2017 (arXiv 1706.04599), eq. 3, with bins of equal width. All pixels count, so the background, mostly
@@ -170,26 +198,48 @@ class Agreement:
         """
         return calibration_error(self.calibration(bins))
 
+    @SCORES.add("diversity", "mean of 1 - IoU over pairs of masks; best as large as rater_diversity")
+    def diversity(self, kind: Distance = "IoU") -> torch.Tensor:
+        """Mean d(p, p') over pairs of different members, in [0, 1]; 0 for one prediction.
 
-SCORES = {
-    "GED": Agreement.ged,
-    "GED_unbiased": lambda agreement: agreement.ged(unbiased=True),
-    "HM_IoU": Agreement.hm_iou,
-    "D_max": Agreement.d_max,
-    "S_c": Agreement.s_c,
-    "D_a": Agreement.d_a,
-    "CI": Agreement.ci,
-    "soft_Dice": Agreement.soft_dice,
-    "ECE": Agreement.ece,
-    "diversity": Agreement.diversity,
-    "rater_diversity": Agreement.rater_diversity,
-}
+        It does not depend on n by itself, so it compares with rater_diversity. (GED's own term counts a mask with
+        itself, too: it is this times (n - 1) / n.)
+        """
+        return _pair_mean(self.distances(kind)[0], diagonal=False)
+
+    @SCORES.add("rater_diversity", "mean of 1 - IoU over pairs of raters")
+    def rater_diversity(self, kind: Distance = "IoU") -> torch.Tensor:
+        """Mean d(y, y') over pairs of different raters, in [0, 1]; 0 for one rater."""
+        return _pair_mean(self.distances(kind)[2], diagonal=False)
 
 
-def scores(predictions, raters):
-    """Every score of SCORES by name, each float64 of the leading shape; arguments as for Agreement."""
+def scores(predictions: Masks, raters: Masks, options: Mapping[str, Any] = MappingProxyType({})
+           ) -> dict[str, torch.Tensor]:
+    """Every score of SCORES by name, each float64 of the leading shape; predictions and raters as for Agreement.
+
+    :param options: values of the scores' own flags, by name; the others have their defaults.
+    :raises InputError: if a score fails, or gives something else than one finite number for each set of masks.
+    """
     agreement = Agreement(predictions, raters)
-    return {name: score(agreement) for name, score in SCORES.items()}
+    return {name: _score(name, agreement, options) for name in SCORES}
+
+
+def _score(name, agreement, options):
+    score, _, flags, file = SCORES.entries[name]
+    try:
+        value = score(agreement, **{flag.name: options.get(flag.name, flag.default) for flag in flags})
+        value = torch.as_tensor(value, dtype=torch.float64, device=agreement.area.device)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"the score {name}, in {file}, {place_of(error, file)}") from error
+    if value.shape != agreement.shape:
+        raise InputError(f"the score {name}, in {file}, gave values of the shape {list(value.shape)}, not"
+                         f" {list(agreement.shape)}: return one number for each set of masks")
+    if not value.isfinite().all():
+        raise InputError(f"the score {name}, in {file}, gave a value that is not finite: return a number for every set"
+                         f" of masks, empty ones too")
+    return value
 
 
 def _masks(masks, what):
@@ -216,7 +266,7 @@ def _extremes(variance):
     return variance.masked_fill(same, math.inf).amin((-2, -1)), variance.amax((-2, -1))
 
 
-def calibration_error(table):
+def calibration_error(table: torch.Tensor) -> torch.Tensor:
     """The expected calibration error of a table [..., 3, bins] that Agreement.calibration made, or a sum of such."""
     pixels, p, y = table.unbind(-2)
     return (p - y).abs().sum(-1) / pixels.sum(-1)
@@ -236,7 +286,7 @@ def _calibration(votes, n, target, bins):
 
 # ---- against a distribution that is known ----
 
-def truth_scores(predictions, outlines, probabilities):
+def truth_scores(predictions: Masks, outlines: Masks, probabilities: np.ndarray | torch.Tensor) -> dict[str, float]:
     """Scores of draws against the distribution they should come from.
 
     :param predictions: bool [n, H, W]; outlines: bool [K, H, W], all different; probabilities: [K], sum 1.
@@ -264,7 +314,8 @@ def truth_scores(predictions, outlines, probabilities):
             "ECE": calibration_error(truth_calibration(predictions, outlines, probabilities)).item()}
 
 
-def truth_calibration(predictions, outlines, probabilities, bins=ECE_BINS):
+def truth_calibration(predictions: Masks, outlines: Masks, probabilities: np.ndarray | torch.Tensor,
+                      bins: int = ECE_BINS) -> torch.Tensor:
     """The table [3, bins] of Agreement.calibration with the true probability of each pixel in the place of mean Y."""
     predictions, outlines = _masks(predictions, "predictions"), _masks(outlines, "outlines")
     probabilities = torch.as_tensor(probabilities, dtype=torch.float64, device=predictions.device)
@@ -274,7 +325,8 @@ def truth_calibration(predictions, outlines, probabilities, bins=ECE_BINS):
 
 # ---- over cases ----
 
-def bootstrap_interval(values, clusters=None, level=0.95, resamples=1000, seed=0):
+def bootstrap_interval(values: np.ndarray, clusters: Sequence | None = None, level: float = 0.95, resamples: int = 1000,
+                       seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means over cases with their bootstrap percentile intervals (Efron and Tibshirani 1993, chapter 13).
 
     :param values: [N, S], a row a case and a column a score. clusters: N labels; cases that share one (a patient) are
@@ -299,7 +351,7 @@ def bootstrap_interval(values, clusters=None, level=0.95, resamples=1000, seed=0
     return mean, low, high
 
 
-def patient_of(case_name, pattern=r"\D*\d+"):
+def patient_of(case_name: str, pattern: str = PATIENT_PATTERN) -> str:
     """The patient in a case's name: what the regular expression matches at its start, else the whole name.
 
     By default all up to the end of the first number: LIDC-IDRI-0314-2-57 -> LIDC-IDRI-0314, 0003-0-12 -> 0003.

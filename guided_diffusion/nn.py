@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import logger
+
 
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation in the dtype of its input, under autocast as well; the kernels take the statistics of 16-bit
@@ -61,3 +63,19 @@ def timestep_embedding(timesteps, dim, max_period=10000):
 def update_ema(target, source, rate):
     """target <- rate * target + (1 - rate) * source, for two equally long lists of parameters."""
     torch._foreach_lerp_(target, source, 1 - rate)
+
+
+def compile_network(network: nn.Module, device: torch.device, **options) -> None:
+    """Compile a network in place for inputs of fixed shapes; where no compiler works, log that and leave it as it is.
+
+    :param options: of torch.compile.
+    """
+    try:
+        torch.compile(torch.nn.SiLU())(torch.zeros(8, device=device))
+    except Exception as error:  # almost anything
+        logger.log(f"--compile: goes on without, since no compiler works here"
+                   f" ({type(error).__name__}: {str(error).strip().splitlines()[0]})")
+        return
+    torch._dynamo.config.suppress_errors = True  # a part that cannot be compiled runs as it is
+    network.compile(dynamic=False, **options)
+    logger.log("--compile: the first pass compiles the network, which takes minutes on a CPU")

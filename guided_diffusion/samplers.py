@@ -2,15 +2,28 @@
 
 Each is a generator with one signature: it takes a GaussianDiffusion, a denoiser and x, walks over the steps of the
 process, and yields (x, predicted x_0) after each, both [N, C, H, W]. `noise(x)` draws Gaussian noise of the shape
-of x; give your own to fix the randomness of every row apart from the others.
+of x; give your own to fix the randomness of every row apart from the others. A flag of a sampler, --<sampler>_<option>,
+is its keyword <option>.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 
+from .system.flag import Flag
+from .system.registry import Registry
 
+SAMPLERS = Registry("sampler")
+
+
+def network_calls(walk: Callable, steps: int) -> int:
+    """Network calls a mask that a sampler makes for so many steps: what its attribute `calls` says, else one a step."""
+    return getattr(walk, "calls", int)(steps)
+
+
+@SAMPLERS.add("ancestral", "as published")
 @torch.no_grad()
 def ancestral(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None,
               model_kwargs=None):
@@ -26,6 +39,9 @@ def ancestral(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True
         yield x, p["pred_xstart"]
 
 
+@SAMPLERS.add("ddim", "deterministic unless --ddim_eta adds noise", flags=[
+    Flag("ddim_eta", float, 0.0, "noise of DDIM: 0 deterministic, 1 as much as ancestral steps", "sampling", least=0,
+         most=1)])
 @torch.no_grad()
 def ddim(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None, model_kwargs=None,
          eta=0.0):
@@ -45,6 +61,7 @@ def ddim(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, den
         yield x, x_start
 
 
+@SAMPLERS.add("dpm++", "of second order")
 @torch.no_grad()
 def dpm_solver(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None, model_kwargs=None,
                stochastic=False):
@@ -75,11 +92,13 @@ def dpm_solver(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=Tru
         yield x, x_start
 
 
+@SAMPLERS.add("dpm++sde", "dpm++ with noise")
 def dpm_solver_sde(diffusion, model, x, **options):
     """dpm_solver with fresh noise at every step."""
     return dpm_solver(diffusion, model, x, stochastic=True, **options)
 
 
+@SAMPLERS.add("heun", "of second order, two network calls a step")
 @torch.no_grad()
 def heun(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None, model_kwargs=None):
     """Heun's second-order method: two network calls a step, one for the last; deterministic, `noise` is not used.
@@ -104,6 +123,9 @@ def heun(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, den
     yield x_start, x_start
 
 
+heun.calls = lambda steps: 2 * steps - 1
+
+
 @torch.no_grad()
 def ddim_reverse(diffusion, model, x, *, clip_denoised=True, denoised_fn=None, model_kwargs=None):
     """DDIM's ordinary differential equation backwards, from a mask x_0 to the noise x_T that would give it.
@@ -117,16 +139,6 @@ def ddim_reverse(diffusion, model, x, *, clip_denoised=True, denoised_fn=None, m
         abar_next = diffusion.alphas_cumprod_next[t].item()
         x = abar_next ** 0.5 * x_start + (1 - abar_next) ** 0.5 * eps
         yield x, x_start
-
-
-# --sampler: the walk, and the network calls it makes for n steps
-SAMPLERS = {
-    "ancestral": (ancestral, lambda n: n),
-    "ddim": (ddim, lambda n: n),
-    "dpm++": (dpm_solver, lambda n: n),
-    "dpm++sde": (dpm_solver_sde, lambda n: n),
-    "heun": (heun, lambda n: 2 * n - 1),
-}
 
 
 def last(steps, total, progress=False):

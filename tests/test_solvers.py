@@ -16,7 +16,7 @@ from guided_diffusion import samplers
 from guided_diffusion.data.noise import MemberNoise
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion
-from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.samplers import SAMPLERS, network_calls
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 MEAN, STD = 0.3, 0.5
@@ -79,7 +79,7 @@ def gaussian(shape, seed=0, dtype=torch.float64):
 
 def walk(name, diffusion, model, x, **options):
     """All (x, x_0) that a sampler yields, without clipping unless asked for."""
-    return [*SAMPLERS[name][0](diffusion, model, x, **{"clip_denoised": False, **options})]
+    return [*SAMPLERS[name](diffusion, model, x, **{"clip_denoised": False, **options})]
 
 
 def no_noise(x):
@@ -330,7 +330,7 @@ def test_network_calls_are_as_many_as_the_table_says_and_at_these_timesteps(name
 
     path = walk(name, make(timesteps), model, gaussian((3, 1, 2, 2)))
     assert len(path) == count
-    assert len(seen) == SAMPLERS[name][1](count) == (2 * count - 1 if name == "heun" else count)
+    assert len(seen) == network_calls(SAMPLERS[name], count) == (2 * count - 1 if name == "heun" else count)
     twice = [t for t in timesteps[::-1] for _ in range(2)]  # where a step ends, then where the next starts
     assert seen == (twice[1:] if name == "heun" else timesteps[::-1])
 
@@ -400,7 +400,7 @@ def test_what_goes_in_is_left_as_it_was_and_reaches_every_call(name):
         return wavy(x, timesteps) + image[:, :1]
 
     path = walk(name, make(uneven()), model, x, model_kwargs=kwargs)
-    assert len(seen) == SAMPLERS[name][1](8) and all(value is image for value in seen)
+    assert len(seen) == network_calls(SAMPLERS[name], 8) and all(value is image for value in seen)
     assert kwargs == {"image": image} and torch.equal(image, gaussian((2, 4, 3, 4), seed=1))
     assert torch.equal(x, gaussian((2, 1, 3, 4)))
     assert len({id(x) for x, _ in path}) == len({tuple(x.flatten().tolist()) for x, _ in path}) == 8  # no x is reused
@@ -424,14 +424,14 @@ def test_masks_are_clipped_unless_asked_otherwise(name):
     def far(x, timesteps):
         return 3 * torch.sin(9 * x)
 
-    masks = [x_start for _, x_start in SAMPLERS[name][0](make(uneven()), far, gaussian((1, 1, 4, 4)))]
+    masks = [x_start for _, x_start in SAMPLERS[name](make(uneven()), far, gaussian((1, 1, 4, 4)))]
     assert min(mask.min() for mask in masks) == 0 and max(mask.max() for mask in masks) == 1
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_graph_is_kept(name):
     model = torch.nn.Conv2d(1, 1, 3, padding=1)
-    for x, x_start in SAMPLERS[name][0](make(uneven()), lambda x, t: model(x), torch.zeros(1, 1, 4, 4)):
+    for x, x_start in SAMPLERS[name](make(uneven()), lambda x, t: model(x), torch.zeros(1, 1, 4, 4)):
         assert not x.requires_grad and not x_start.requires_grad
 
 

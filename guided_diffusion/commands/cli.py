@@ -3,27 +3,34 @@
 import argparse
 import difflib
 import os
-import shutil
 import sys
+import textwrap
 from types import SimpleNamespace
 
 from .. import dist_util
-from ..flags import FLAGS, check_value, defaults, parse_numbers
+from ..flags import FLAGS, defaults, load_plugins, settle
 from ..live.client import split_address
-from ..script_util import choose_sampler
+from ..metrics import SCORES
 from ..system import storage
 from ..system.errors import InputError
+from ..system.flag import check_value, parse_numbers
+from ..system.terminal import program_name
+from .program import add_version, again, as_called
 
 # the groups of flags that a script takes
 JOBS = {
-    "training": ("model", "encoders", "diffusion", "training", "speed", "files and processes", "results", "visdom"),
-    "sampling": ("model", "diffusion", "sampling", "speed", "files and processes", "results", "visdom"),
-    "evaluation": ("evaluation", "files and processes"),
-    "replay": ("replay", "visdom"),
+    "training": ("model", "encoders", "diffusion", "method", "training", "reading", "speed", "files and processes",
+                 "results", "visdom", "server"),
+    "sampling": ("model", "diffusion", "method", "sampling", "reading", "scoring", "speed", "files and processes",
+                 "results", "visdom", "server"),
+    "evaluation": ("evaluation", "reading", "scoring", "files and processes"),
+    "replay": ("replay", "server"),
 }
+_OLD_NAMES = {"evaluation": {"num_samples": "ensemble_sizes"}}  # still taken, but not in --help
 _GROUP_TITLES = {
-    "model": "the U-Net", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
-    "diffusion": "the diffusion process", "visdom": "the live view",
+    "model": "the network", "reading": "reading files", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
+    "diffusion": "the diffusion process", "visdom": "the live view", "server": "the live view",
+    "scoring": "scores (when sampling: with --evaluate True)",
 }
 
 
@@ -46,24 +53,33 @@ def _boolean(text):
 
 
 def _parser(job, description):
-    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False,
-                     usage="%(prog)s [--flag VALUE ...]")
+    parser = _Parser(program_name(), description=as_called(description), formatter_class=_HelpFormatter,
+                     allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]")
+    add_version(parser)
     groups = {}
-    for flag in FLAGS:
+    for flag in sorted(FLAGS, key=lambda flag: [*JOBS[job], flag.group].index(flag.group)):
         if flag.group not in JOBS[job]:
             continue
-        if flag.group not in groups:
-            groups[flag.group] = parser.add_argument_group(_GROUP_TITLES.get(flag.group, flag.group))
-        options = {"default": argparse.SUPPRESS, "help": flag.help}
+        title = _GROUP_TITLES.get(flag.group, flag.group)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        words = f": {flag.type.words()}" if hasattr(flag.type, "words") else ""
+        options = {"default": argparse.SUPPRESS, "help": (flag.help + words).replace("%", "%%")}
         if flag.default not in ("", None):
             options["help"] += f" (default: {flag.default})"
-        if isinstance(flag.type, tuple):
-            options["choices"] = flag.type
+        if flag.choices:
+            options["choices"] = flag.choices
         else:
             options["type"] = _boolean if flag.type is bool else flag.type
             options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
         names = ["--local_rank", "--local-rank"] if flag.name == "local_rank" else ["--" + flag.name]
-        groups[flag.group].add_argument(*names, **options)
+        groups[title].add_argument(*names, **options)
+    for old in _OLD_NAMES.get(job, ()):
+        parser.add_argument("--" + old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    if "scoring" in JOBS[job]:
+        words = (textwrap.wrap(f"{name}: {score.help}", 106, subsequent_indent="  ")
+                 for name, score in SCORES.entries.items())
+        parser.add_argument_group("what the scores say", "\n".join(sum(words, [])))
     return parser
 
 
@@ -74,16 +90,27 @@ def parse_flags(job, description, argv=None):
     :returns: all flags as a namespace, and the dict of those that were given.
     :raises InputError: for a flag that does not exist, naming the nearest that does, or a bad value.
     """
+    plugins = _Parser(add_help=False, allow_abbrev=False)
+    plugins.add_argument("--plugin", default="")
+    load_plugins(plugins.parse_known_args(argv)[0].plugin)  # first, since they bring flags and choices
     parser = _parser(job, description)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].split("=")[0]
-        flags = [option for action in parser._actions for option in action.option_strings]
+        flags = [option for action in parser._actions if action.help != argparse.SUPPRESS
+                 for option in action.option_strings]
         near = difflib.get_close_matches(word, flags, 1, 0.6)
         raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     given = vars(known)
+    for old, new in _OLD_NAMES.get(job, {}).items():
+        if old in given and new in given:
+            raise InputError(f"--{old} is the old name of --{new}: give one of them")
+        if old in given:
+            given[new] = given.pop(old)
     args = SimpleNamespace(**{**defaults(*JOBS[job]), **given})
     _check_ranges(job, args, given)
+    if "visdom" in JOBS[job]:
+        args.visdom = _view(args, given)
     return args, given
 
 
@@ -97,7 +124,7 @@ def start_script(job, description):
         args, given = parse_flags(job, description)
     except InputError as error:
         problem = error
-    dist_util.setup_dist(args.ngpu, args.local_rank, args.dist_timeout)
+    dist_util.setup_dist(args.ngpu, args.local_rank, args.dist_timeout, again())
     with dist_util.all_ranks_or_none():
         if problem:
             raise problem
@@ -118,8 +145,18 @@ def _check_ranges(job, args, given):
             check_value(flag, given[flag.name], f"--{flag.name}")
     if values.get("median_blur") and values["median_blur"] % 2 == 0:
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
+    if "method" in values:
+        settle(args, given)
+    if "fp16_scale_growth" in given and not args.use_fp16 and given["fp16_scale_growth"] != defaults(
+            "training")["fp16_scale_growth"]:
+        raise InputError(f"--fp16_scale_growth {args.fp16_scale_growth}: only --use_fp16 True scales the loss; give"
+                         f" that, or leave it away")
+    if "num_heads" in given and values.get("num_head_channels", -1) != -1:
+        raise InputError(f"--num_heads {args.num_heads} and --num_head_channels {args.num_head_channels}: choose one")
     if job == "sampling":
-        choose_sampler(args, given)
+        unused = [f"--{flag.name}" for flag in FLAGS if flag.group == "scoring" and flag.name in given]
+        if unused and not args.evaluate:
+            raise InputError(f"{', '.join(unused)}: for scores only; give --evaluate True, too")
     if values.get("dropout", 0) >= 1:
         raise InputError(f"--dropout {args.dropout}: must be below 1")
     if values.get("fp16_scale_growth", 1) <= 0:
@@ -136,8 +173,6 @@ def _check_ranges(job, args, given):
         raise InputError("--val_dir with --sample_interval 0: its cases would never be drawn")
     if "val_cases" in given and not values.get("val_dir"):
         raise InputError("--val_cases: counts cases of --val_dir; give that, too")
-    if values.get("visdom") == "start" and args.visdom_port == 0:
-        raise InputError("--visdom start and --visdom_port 0: choose one")
     if values.get("use_fp16") and values.get("use_bf16"):
         raise InputError("--use_fp16 and --use_bf16: choose one")
     if "ema_rate" in values:
@@ -146,12 +181,18 @@ def _check_ranges(job, args, given):
             raise InputError(f"--ema_rate {args.ema_rate}: every rate must be at least 0 and below 1")
 
 
-def command(script, flags):
-    """The words that run another script, beside this one, as this one was run."""
-    python = "python" if shutil.which("python") == sys.executable else sys.executable
-    if python.startswith(os.getcwd() + os.sep):
-        python = os.path.relpath(python)
-    return [python, os.path.join(os.path.dirname(sys.argv[0]), script), *flags]
+def _view(args, given):
+    """Whether to draw on a Visdom server, off, connect or start: what --visdom says; else a server or a port that was
+    given asks to connect, but port 0 does not."""
+    asks = [f"--{name} {given[name]}" for name in ("visdom_server", "visdom_port") if given.get(name)]
+    if "visdom" in given:
+        if given["visdom"] == "off" and asks:
+            raise InputError(f"--visdom off and {asks[0]}: choose one")
+        if given["visdom"] != "off" and not args.visdom_port:
+            raise InputError(f"--visdom {given['visdom']} and --visdom_port 0: choose one")
+    elif args.visdom_server and not args.visdom_port:
+        raise InputError(f"--visdom_server {args.visdom_server} and --visdom_port 0: choose one")
+    return given.get("visdom", "connect" if asks else "off")
 
 
 def results_folder(args):
@@ -175,7 +216,7 @@ def run_script(main):
         main()
     except InputError as error:
         if dist_util.launch_rank() == 0 or not error.on_every_rank:
-            print(f"{sys.argv[0]}: error: {error}", file=sys.stderr, flush=True)
+            print(f"{program_name()}: error: {error}", file=sys.stderr, flush=True)
         dist_util.cleanup(failed=not error.on_every_rank)
         sys.exit(2)
     except RuntimeError:

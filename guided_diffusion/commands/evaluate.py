@@ -12,20 +12,20 @@ a table and writes, into --output_dir:
     report.html  all cases in one page, which needs no network: to sort, search and print; a click shows all masks
 
 Two predictors that need no model stand beside it: raters drawn with replacement from those of the case (about the best
-that can be measured with so few raters) and the empty mask. README.md says what each score means.
+that can be measured with so few raters) and the empty mask.
 """
 
 from .. import dist_util
 from ..data.cases import find_cases, read_ahead
 from ..scoring.ensemble_folder import EnsembleFolder, read_scored_case
-from ..scoring.evaluation import Evaluation, report, sub_ensemble_sizes
+from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
 from ..system import storage
 from ..system.errors import InputError, raise_problems
 from ..system.terminal import progress
 from .cli import run_script, start_script
 
 
-def main():
+def main() -> None:
     args, given = start_script("evaluation", __doc__)
     rank, world_size = dist_util.rank(), dist_util.world_size()
     folder = args.output_dir or args.samples_dir
@@ -34,8 +34,8 @@ def main():
         cases = find_cases(args.data_dir)
         members = EnsembleFolder(args.samples_dir, args.pattern).find([case.name for case in cases], args.skip_missing)
         fewest = min(map(len, members.values()))
-        sizes = sub_ensemble_sizes(args.num_samples, fewest, required="num_samples" in given)
-        evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev())
+        sizes = parse_ensemble_sizes(args.ensemble_sizes, fewest, required="ensemble_sizes" in given)
+        evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args))
         storage.make_folder(folder, "--output_dir")
 
     cases = [case for case in cases if case.name in members]
@@ -61,5 +61,5 @@ def main():
         print(report(evaluation.write(folder), folder))
 
 
-def run():
+def run() -> None:
     run_script(main)

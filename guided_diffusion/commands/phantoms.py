@@ -20,7 +20,8 @@ import argparse
 
 from ..data.phantoms import write_cases
 from ..system.errors import InputError
-from ..system.terminal import progress
+from ..system.terminal import program_name, progress
+from .program import add_version, as_called
 
 
 def main(argv=None):
@@ -30,15 +31,17 @@ def main(argv=None):
         folders = write_cases(args.output_dir, args.count, args.seed, args.size, args.num_raters, args.first_index,
                               progress=lambda indices: progress(indices, "making phantoms", unit="case"))
     except InputError as error:
-        parser.exit(2, f"make_phantoms.py: error: {error}\n")
+        parser.exit(2, f"{program_name()}: error: {error}\n")
     except OSError as error:
-        parser.exit(2, f"make_phantoms.py: error: --output_dir {args.output_dir} cannot be written"
+        parser.exit(2, f"{program_name()}: error: --output_dir {args.output_dir} cannot be written"
                        f" ({error.strerror}: {error.filename}); give another folder\n")
     print(f"{len(folders)} cases in {args.output_dir}, from {folders[0].name} to {folders[-1].name}")
 
 
 def create_argparser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(program_name(), description=as_called(__doc__),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_version(parser)
     parser.add_argument("--output_dir", required=True, help="folder that receives the case folders; made if missing")
     parser.add_argument("--count", type=int, default=100, help="number of cases (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0,

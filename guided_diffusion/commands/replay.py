@@ -8,6 +8,7 @@ import os
 from .. import logger
 from ..live.client import page, split_address, start_server, visdom_client
 from ..live.monitor import recorded
+from ..system import packages
 from ..system.errors import InputError
 from ..system.terminal import progress
 from .cli import parse_flags, results_folder, run_script
@@ -20,6 +21,7 @@ def main():
     windows = recorded(os.path.join(results_folder(args), "visdom.log"))
     address = split_address(args.visdom_server, args.visdom_port)
     url = "{}:{}{}".format(*address)
+    packages.require("visdom", "the live view")
     if args.visdom == "start":
         start_server(*address)
     client = visdom_client("main", *address)
@@ -27,8 +29,8 @@ def main():
         try:
             client.post("events", content)
         except OSError as error:
-            raise InputError(f"no Visdom server answers at {url} ({type(error).__name__}); start one with make visdom,"
-                             f" or give --visdom start") from None
+            raise InputError(f"no Visdom server answers at {url} ({type(error).__name__}); give --visdom start"
+                             f" to start one") from None
     for env in sorted({content["eid"] for content in windows}):
         logger.log("watch it at", page(url, env))
 

@@ -1,20 +1,73 @@
-"""Masks: cut from samples, and filtered."""
+"""Masks: how they are packed, scaled for the diffusion process, cut back and filtered. Nothing else knows any of it.
+
+A mask is 1 on the foreground and 0 elsewhere. Here it takes five forms:
+
+    masks      [..., H, W] bool
+    packed     [R, ceil(H * W / 8)] uint8, a bit a pixel, rows of a mask one after another
+    pixels     [..., H, W] uint8, 0 or 255, as in a picture file
+    diffusion  [N, 1, H, W] float, background RANGE[0] and foreground RANGE[1]: x_0 of the diffusion process
+    samples    [n, H, W] float, background 0 and foreground 1, as drawn, before they are cut at THRESHOLD
+"""
+
+import math
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 
-THRESHOLD = 0.5  # the middle of the mask scaling
+RANGE = 0.0, 1.0  # what background and foreground are in the diffusion process, as published
+THRESHOLD = 0.5  # samples above it are foreground
 
 
-def to_masks(samples, median_blur=0):
+# ---- packed ----
+
+def pack(masks: np.ndarray) -> np.ndarray:
+    """Masks [R, H, W] bool -> packed, [R, ceil(H * W / 8)] uint8."""
+    return np.packbits(masks.reshape(len(masks), math.prod(masks.shape[1:])), axis=1)
+
+
+def packed_size(height: int, width: int) -> int:
+    """Bytes of one packed mask."""
+    return -(-height * width // 8)
+
+
+def unpack(packed: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Packed [R, ceil(H * W / 8)] uint8 -> masks [R, H, W] bool."""
+    bits = np.unpackbits(packed, axis=1, count=height * width)
+    return bits.astype(bool).reshape(len(packed), height, width)
+
+
+# ---- the diffusion variable ----
+
+def to_diffusion(masks: torch.Tensor) -> torch.Tensor:
+    """Masks as floats, 0 and 1 -> x_0 of the diffusion process."""
+    low, high = RANGE
+    return masks * (high - low) + low
+
+
+def from_diffusion(x: torch.Tensor) -> torch.Tensor:
+    """x_0 of the diffusion process -> samples, background 0 and foreground 1."""
+    low, high = RANGE
+    return (x - low) / (high - low)
+
+
+def to_masks(samples: np.ndarray, median_blur: int = 0) -> np.ndarray:
     """Samples [n, H, W] float -> masks [n, H, W] bool, each median-filtered with this odd side if it is above 1."""
     masks = samples > THRESHOLD
     if median_blur > 1:
         smooth = ImageFilter.MedianFilter(median_blur)
-        masks = np.stack([np.asarray(_grey(mask).filter(smooth)) > 127 for mask in masks])
+        masks = np.stack([from_pixels(np.asarray(Image.fromarray(to_pixels(mask)).filter(smooth))) for mask in masks])
     return masks
 
 
-def _grey(values):
-    """[H, W] in [0, 1] or bool -> an 8-bit picture."""
-    return Image.fromarray(np.round(np.clip(values, 0, 1) * 255.0).astype(np.uint8))
+# ---- pictures ----
+
+def to_pixels(masks: np.ndarray) -> np.ndarray:
+    """Masks [..., H, W] bool -> uint8, 0 or 255."""
+    return masks.astype(np.uint8) * 255
+
+
+def from_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels [..., H, W], unsigned integers, or floats in [0, 1] -> bool: foreground is above half of full scale."""
+    half = THRESHOLD if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max // 2
+    return pixels > half

@@ -1,12 +1,50 @@
-"""Noise that follows from what it is for: a member of an ensemble."""
+"""All that is random about an example or a mask follows from what it is for, by its place or its name.
+
+In training from the seed and the place of the example in the stream, in sampling from the seed, the case and the number
+of the member: so neither the size of a batch nor the number of processes changes it.
+"""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from .. import dist_util
 
+# ---- training: by place in the stream ----
+
+def draw_rater(seed: int, place: int, raters: int) -> int:
+    """Which of so many raters the example at this place is learnt from, 0 ... raters - 1."""
+    return int(np.random.default_rng([seed, 1, place]).integers(raters))
+
+
+def step_noise(seed: int, places: Sequence[int], like: torch.Tensor) -> tuple[list[float], torch.Tensor]:
+    """What picks the timesteps of the examples at these places, and their Gaussian noise.
+
+    :param like: [N, ...] on the device, a row a place.
+    :returns: N numbers in [0, 1), and noise of the shape, dtype and device of `like`.
+    """
+    generator = torch.Generator(like.device)
+    uniforms, noise = [], torch.empty_like(like)
+    for row, place in zip(noise, places):
+        generator.manual_seed(_hash(seed, place))
+        row.normal_(generator=generator)
+        uniforms.append(_hash(seed, place, "t") / 2 ** 63)
+    return uniforms, noise
+
+
+def seed_dropout(seed: int, place: int) -> None:
+    """Seed PyTorch's own generators, which dropout draws from, for a step whose first example is at this place."""
+    torch.manual_seed(_hash(seed, place, "dropout"))
+
+
+def _hash(*parts):
+    """A number in 0 .. 2**63 - 1 from anything, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+# ---- sampling: by member of an ensemble ----
 
 class MemberNoise:
     """Gaussian noise for a batch of ensemble members, each row from a generator of its own.
@@ -17,11 +55,11 @@ class MemberNoise:
     :param members: one (case name, number) a row.
     """
 
-    def __init__(self, seed, members):
+    def __init__(self, seed: int, members: Sequence[tuple[str, int]]):
         digests = [hashlib.sha256(repr((seed, *member)).encode()).digest() for member in members]
         self.generators = [np.random.default_rng(int.from_bytes(digest, "big")) for digest in digests]
 
-    def __call__(self, like):
+    def __call__(self, like: torch.Tensor) -> torch.Tensor:
         """Fresh noise with the shape, dtype and device of `like`, [N, ...]."""
         rows = [generator.standard_normal(like.shape[1:], dtype=np.float32) for generator in self.generators]
         return dist_util.to_device(torch.from_numpy(np.stack(rows)), like.device).to(like.dtype)

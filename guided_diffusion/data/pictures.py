@@ -10,6 +10,7 @@ import stat
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,7 +29,7 @@ _TURNED = re.compile(rb"\x01\x12\0\x03\0{3}\x01\0[\x02-\x08]|\x12\x01\x03\0\x01\
 warnings.filterwarnings("ignore", module=r"PIL\.")  # pictures it warns of are refused or read all the same
 
 
-def decode(path, formats=("JPEG", "PNG")):
+def decode(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> np.ndarray:
     """One picture as an array: [H, W] or [H, W, 3], uint8 or uint16. For transparency see _without_alpha.
 
     :param formats: those that are read, whatever the file is called.
@@ -66,7 +67,7 @@ def decode(path, formats=("JPEG", "PNG")):
     return pixels
 
 
-def format_of(path):
+def format_of(path: Path) -> str | None:
     """What kind of file this is, "PNG", "JPEG" or another; None if unknown."""
     return _format(_read_bytes(path))
 
@@ -105,7 +106,16 @@ def _check_sums(data):
         place = end + 4
 
 
-def pixels_of(picture, name):
+def channels_first(pixels: np.ndarray) -> np.ndarray:
+    """[H, W] or [H, W, 3] -> [c, H, W]; a colour picture whose channels are all equal counts as grey."""
+    if pixels.ndim == 2:
+        return pixels[None]
+    if (pixels == pixels[..., :1]).all():
+        return pixels[None, ..., 0]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def pixels_of(picture: Image.Image, name: str) -> np.ndarray:
     """A Pillow picture as an array: [H, W] or [H, W, 3], uint8, uint16, or float32 for one of floating-point numbers.
 
     For transparency see _without_alpha; `name` is what messages call the picture.

@@ -1,39 +1,56 @@
-"""The training stream: cases in random order, each with one of its raters, as batches on the device."""
+"""The training stream: cases in random order, each with the masks of all its raters, as batches on the device."""
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..dist_util import to_device
-from .cases import read_ahead, widen
+from . import masks, scaling
+from .cases import SegmentationCases, read_ahead
+from .noise import draw_rater
+
+
+class Batch(NamedTuple):
+    """N examples of the stream."""
+
+    image: torch.Tensor  # [N, c, S, S] uint8 or uint16; see to_floats
+    masks: torch.Tensor  # [N, R, S, S] uint8, 0 or 1; R raters at most, zeros in the place of those who are not there
+    present: torch.Tensor  # [N, R] bool, on the CPU: which raters are there; the first ones of each row
+    places: list[int]  # [N] in the stream
+    seed: int  # of the stream; all that is random about an example follows from it and its place
+
+    def rows(self, part: slice) -> "Batch":
+        """The examples of a slice."""
+        return self._replace(image=self.image[part], masks=self.masks[part], present=self.present[part],
+                             places=self.places[part])
 
 
 class ShuffledCases:
-    """The endless training stream: position p -> image, one rater's mask.
+    """The endless training stream: position p -> image, all raters' masks.
 
-    Position p is place p % n of epoch p // n; every epoch is a fresh permutation of the n cases, and every visit
-    draws one of the raters at random. Both follow from (seed, position) alone, so the stream is the same however
-    many processes share it, and goes on exactly where it stopped.
+    Position p is place p % n of epoch p // n; every epoch is a fresh permutation of the n cases, which follows from
+    (seed, epoch) alone. So the stream is the same however many processes share it, and goes on exactly where it
+    stopped.
     """
 
-    def __init__(self, cases, seed=0):
+    def __init__(self, cases: SegmentationCases, seed: int = 0):
         self.cases, self.seed = cases, seed
         self._shuffled = None, None  # an epoch and its order
 
-    def __getitem__(self, position):
-        """Image [c, S, S] uint8 or uint16 and mask [1, S, S] uint8, 0 or 1, of one place in the stream."""
-        image, masks = self.cases.compact(self._number(position))
-        rater = np.random.default_rng([self.seed, 1, position]).integers(len(masks))
-        pixels = image.shape[1:]
-        return image, np.unpackbits(masks[rater], count=pixels[0] * pixels[1]).reshape(1, *pixels)
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image [c, S, S] uint8 or uint16 and masks [R, S, S] bool of one place in the stream."""
+        image, packed = self.cases.compact(self._number(position))
+        return image, masks.unpack(packed, *image.shape[1:])
 
-    def digest(self):
+    def digest(self) -> str:
         """A hash of the names of the cases, in order."""
         return hashlib.sha256(json.dumps([files.name for files in self.cases.cases]).encode()).hexdigest()
 
-    def case_name(self, position):
+    def case_name(self, position: int) -> str:
         """The name of the case at one place in the stream."""
         return self.cases.cases[self._number(position)].name
 
@@ -46,9 +63,8 @@ class ShuffledCases:
             self._shuffled = epoch, order
         return int(order[place])
 
-    def batches(self, batch_size, rank=0, world_size=1, start=0):
-        """Endless batches of this rank: image [N, c, S, S] uint8 or uint16, mask [N, 1, S, S] uint8, and the list of
-        their N positions; read ahead of their use. See to_floats.
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> Iterator[Batch]:
+        """Endless batches of this rank, read ahead of their use. See to_floats.
 
         `start` is the position of the first global batch; rank r takes the r-th part of each global batch.
         """
@@ -59,43 +75,42 @@ class ShuffledCases:
                 first += world_size * batch_size
 
         def read(positions):
-            images, masks = zip(*(self[position] for position in positions))
-            return torch.from_numpy(_stack_images(images)), torch.from_numpy(np.stack(masks)), list(positions)
+            images, raters = zip(*(self[position] for position in positions))
+            return Batch(torch.from_numpy(_stack_images(images)), *map(torch.from_numpy, _stack_raters(raters)),
+                         list(positions), self.seed)
 
         return read_ahead(read, positions())
 
 
-def to_floats(image, mask, channels, device):
-    """A batch of ShuffledCases on its device: image [N, channels, S, S] float32 in [0, 1], mask float32."""
-    image, mask = (to_device(part, device) for part in (image, mask))
-    image = image.float().mul_(1 / (255 if image.dtype == torch.uint8 else 65535))
-    return image.expand(-1, channels, -1, -1), mask.float()
+def to_floats(batch: Batch, channels: int, device: torch.device) -> Batch:
+    """A batch of ShuffledCases on its device: image [N, channels, S, S] float32 in [0, 1], masks float32, 0 or 1.
 
-
-def randomness(seed, positions, mask):
-    """What else is random in a step, of the examples at these places in the stream; seeds PyTorch's own, for dropout.
-
-    :param mask: [N, 1, S, S], on the device.
-    :returns: for each example a uniform number in [0, 1) that picks its timestep, N floats, and its noise, like mask.
+    `present` stays on the CPU: who is there decides what is drawn, without waiting for the device.
     """
-    generator = torch.Generator(mask.device)
-    uniforms, noise = [], torch.empty_like(mask)
-    for row, position in zip(noise, positions):
-        generator.manual_seed(_hash(seed, position))
-        row.normal_(generator=generator)
-        uniforms.append(_hash(seed, position, "t") / 2 ** 63)
-    torch.manual_seed(_hash(seed, positions[0], "dropout"))
-    return uniforms, noise
+    image = scaling.to_unit_tensor(to_device(batch.image, device))
+    return batch._replace(image=scaling.repeat_channel_of_tensor(image, channels),
+                          masks=to_device(batch.masks, device).float())
 
 
-def _hash(*parts):
-    """A number in 0 .. 2**63 - 1 from anything, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+def chosen_masks(batch: Batch) -> torch.Tensor:
+    """The mask of one rater for each example, drawn afresh at every visit: [N, 1, S, S], dtype and device of masks."""
+    raters = [draw_rater(batch.seed, place, there)
+              for place, there in zip(batch.places, batch.present.sum(1).tolist())]
+    return torch.stack([raters_masks[rater:rater + 1] for raters_masks, rater in zip(batch.masks, raters)])
 
 
-def _stack_images(images):
+def _stack_images(images: Sequence[np.ndarray]) -> np.ndarray:
     """[c, S, S] arrays -> [N, C, S, S]; where they differ, 8 bits are widened as 16 and a single channel repeated."""
     if len({(image.dtype, len(image)) for image in images}) > 1:
         channels = max(map(len, images))
-        images = [np.repeat(image, channels // len(image), axis=0) for image in widen(images)]
+        images = [scaling.repeat_channel(image, channels) for image in scaling.widen(images)]
     return np.stack(images)
+
+
+def _stack_raters(raters: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """[R, S, S] bool arrays of different R -> masks [N, largest R, S, S] uint8 and present [N, largest R] bool."""
+    counts = np.array([len(case) for case in raters])
+    stacked = np.zeros((len(raters), counts.max(), *raters[0].shape[1:]), np.uint8)
+    for row, case in zip(stacked, raters):
+        row[:len(case)] = case
+    return stacked, np.arange(counts.max()) < counts[:, None]

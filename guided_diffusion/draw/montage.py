@@ -4,29 +4,23 @@ Beside the whole scan, every tile shows the detail of it that holds all masks. E
 ensemble's, and a tile of shares has its colour bar below.
 """
 
-import functools
-import importlib.util
 import io
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .. import metrics
+from ..data.cases import Case
+from .style import ENSEMBLE, OUTLINES, TEXT, TITLE, coloured, drawable, font
 
 LARGE, SMALL, IN_PANEL = 192, 144, 103  # sides of tiles in pixels
 MARGIN, LINE, BAR = 8, 18, 9  # pixels: between tiles, a line of text, a colour bar
-TEXT, TITLE = 12, 16  # sizes of letters
 FEWEST = 32  # pixels of the scan that a detail shows
-# colour-blind-safe: the sequential map runs from dark blue to yellow, the outlines are Okabe and Ito's colours
-MAP = np.array([[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]], float)
-_RAMP = np.stack([np.interp(np.arange(256), np.linspace(0, 255, len(MAP)), channel) for channel in MAP.T], 1
-                 ).round().astype(np.uint8)
-OUTLINES = [(230, 159, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0)]
-ENSEMBLE = (86, 180, 233)
 
 
-def case_montage(name, image, masks, ensemble, max_members=24):
+def case_montage(name: str, image: np.ndarray, masks: np.ndarray, ensemble: np.ndarray,
+                 max_members: int = 24) -> Image.Image:
     """The montage of one case, as a PIL picture.
 
     First row: scan, raters' outlines, share of raters, the outline of what half of the ensemble marks with a tint on
@@ -48,28 +42,28 @@ def case_montage(name, image, masks, ensemble, max_members=24):
     return _page([(name, TITLE), (_facts(masks, ensemble) + more, TEXT), top, *rows])
 
 
-def panel(cases, ensembles, title=""):
+def panel(cases: Sequence[Case], ensembles: Sequence[np.ndarray], title: str = "") -> Image.Image:
     """Cases below one another, a row each: scan, raters, members, their probability and spread, as a PIL picture.
 
     Up to 4 raters have a tile each; where a case has more, those of every case share one.
 
-    :param cases: of cases.Case: name, image [C, H, W] in [0, 1], masks [R, H, W] bool.
+    :param cases: name, image [C, H, W] in [0, 1], masks [R, H, W] bool.
     :param ensembles: [n, H, W] bool, one a case; n may be 0.
     """
-    most, members = (max(map(len, group)) for group in ([case.masks for case in cases], ensembles))
+    most, members = (max(map(len, group)) for group in ([case.raters for case in cases], ensembles))
     bands = [(title, TITLE)] if title else []
     for i, (case, ensemble) in enumerate(zip(cases, ensembles), 1):
-        scan = _Scan(case.image, case.masks, ensemble, IN_PANEL)
-        raters = [("raters", scan.outlined(case.masks), None)] if most > 4 else _filled(scan.raters(case.masks), most)
+        scan = _Scan(case.image, case.raters, ensemble, IN_PANEL)
+        raters = [("raters", scan.outlined(case.raters), None)] if most > 4 else _filled(scan.raters(case.raters), most)
         shares = scan.agreement(ensemble) if len(ensemble) else []
         if i < len(cases):  # one colour bar serves the column
             shares = [(name, tile, None) for name, tile, _ in shares]
-        bands += [(f"{case.name}: {_facts(case.masks, ensemble)}", TEXT),
+        bands += [(f"{case.name}: {_facts(case.raters, ensemble)}", TEXT),
                   [("scan", scan.whole(), None), *raters, *_filled(scan.members(ensemble), members), *shares]]
     return _page(bands)
 
 
-def film(title, frames):
+def film(title: str, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Image.Image:
     """What a sampler makes of noise, as a PIL picture: x_t above, the x_0 predicted from it below.
 
     :param frames: (number of the step, x_t, x_0), both [H, W] float, a mask being from 0 to 1.
@@ -82,7 +76,7 @@ def film(title, frames):
     return _page([(title, TITLE), *rows])
 
 
-def stack(pages):
+def stack(pages: Sequence[Image.Image]) -> Image.Image:
     """Pictures one below the other."""
     whole = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
     y = 0
@@ -92,7 +86,7 @@ def stack(pages):
     return whole
 
 
-def png(picture):
+def png(picture: Image.Image) -> bytes:
     """A picture as the bytes of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
@@ -146,7 +140,7 @@ class _Scan:
         if len(masks):
             y, x = np.indices(pixels.shape[:2])
             place = (x + 2 * y) // 9  # which changes along any border
-            borders = np.stack([_border(self._nearest(mask)) & (place % (1 + i // len(colours)) == 0)
+            borders = np.stack([_edge(self._nearest(mask)) & (place % (1 + i // len(colours)) == 0)
                                 for i, mask in enumerate(masks)])  # [masks, h, w]
             count = borders.sum(0)
             chosen = (borders.cumsum(0) > place % np.maximum(count, 1)).argmax(0)  # [h, w], number of a mask
@@ -158,12 +152,12 @@ class _Scan:
         """The detail with the border of where mean [H, W] is 0.5 or more, and a tint where it is 0.1 to 0.9."""
         pixels, unsure = self.detail.copy(), self._nearest((mean >= 0.1) & (mean <= 0.9))
         pixels[unsure] = pixels[unsure] * 0.6 + np.array(ENSEMBLE) * 0.4
-        pixels[_border(self._nearest(mean >= 0.5))] = ENSEMBLE
+        pixels[_edge(self._nearest(mean >= 0.5))] = ENSEMBLE
         return pixels
 
     def share(self, title, values, most=1):
         """The cell of values [H, W] from 0 to `most`."""
-        return title, _coloured(self._nearest(values) / most), most
+        return title, coloured(self._nearest(values) / most), most
 
     def _nearest(self, values):
         """[H, W] -> the detail of it at the size of a tile, [h, w]; where that is smaller, the least speck stays."""
@@ -192,16 +186,11 @@ def _window(marked):
     return tuple(slice(start, min(start + side, length)) for start, length in zip(starts, marked.shape))
 
 
-def _border(mask):
+def _edge(mask):
     """The pixels on both sides of the edge of a mask, [h, w] bool."""
     near = np.pad(mask, 1)
     parts = near[1:-1, :-2], near[1:-1, 2:], near[:-2, 1:-1], near[2:, 1:-1], mask
     return np.logical_or.reduce(parts) & ~np.logical_and.reduce(parts)
-
-
-def _coloured(values):
-    """[H, W] in [0, 1] -> [H, W, 3] uint8."""
-    return _RAMP[np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)]
 
 
 def _area(mask):
@@ -231,48 +220,28 @@ def _page(bands):
                     _draw_cell(page, draw, MARGIN + j * (side + MARGIN), y, *cell)
         else:
             for i, line in enumerate(band[0]):
-                draw.text((MARGIN, y + i * (band[1] + 6)), line, "black", _font(band[1]))
+                draw.text((MARGIN, y + i * (band[1] + 6)), line, "black", font(band[1]))
         y += height
     return page
 
 
 def _draw_cell(page, draw, x, y, title, tile, most):
-    draw.text((x, y), title, "black", _font(TEXT))
+    draw.text((x, y), title, "black", font(TEXT))
     (height, width), y = tile.shape[:2], y + LINE
     page.paste(Image.fromarray(tile), (x, y))
     draw.rectangle([x - 1, y - 1, x + width, y + height], outline=(170, 170, 170))
     if most is not None:
         y += height + 3
-        page.paste(Image.fromarray(_coloured(np.linspace(0, 1, width)[None].repeat(BAR, 0))), (x, y))
+        page.paste(Image.fromarray(coloured(np.linspace(0, 1, width)[None].repeat(BAR, 0))), (x, y))
         for share, anchor in ((0, "la"), (0.5, "ma"), (1, "ra")):
-            draw.text((x + share * width, y + BAR + 1), f"{share * most:g}", "black", _font(TEXT), anchor)
+            draw.text((x + share * width, y + BAR + 1), f"{share * most:g}", "black", font(TEXT), anchor)
 
 
 def _lines(text, size, width):
     """The text in lines of at most this many pixels, broken anywhere."""
     lines = [""]
-    for letter in map(_drawable, text):
-        if lines[-1] and _font(size).getlength(lines[-1] + letter) > width:
+    for letter in map(drawable, text):
+        if lines[-1] and font(size).getlength(lines[-1] + letter) > width:
             lines.append("")
         lines[-1] += letter
     return lines
-
-
-@functools.cache
-def _font(size):
-    """DejaVu Sans, which matplotlib brings along; without it Pillow's own, which has ASCII only."""
-    matplotlib = importlib.util.find_spec("matplotlib")
-    if matplotlib:
-        try:
-            return ImageFont.truetype(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", size)
-        except OSError:
-            pass
-    return ImageFont.load_default(size)
-
-
-@functools.cache
-def _drawable(letter):
-    """The letter, or its code where the font has none, so that names stay apart."""
-    shown, missing = (_font(TEXT).getmask(character) for character in (letter, "\uffff"))
-    has = shown.size != missing.size or bytes(shown) != bytes(missing)
-    return letter if has else letter.encode("unicode_escape").decode()

@@ -1,25 +1,27 @@
 """Charts of scores (matplotlib); importing this module needs matplotlib."""
 
 import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ..metrics import SCORES, bootstrap_interval
+from .scored import ALL, BACKGROUND, MODEL, RATERS, ScoredCase
+from .style import BLUE, CURVES, GREEN, GREY, PALE_BLUE, VERMILLION
 
-# Okabe and Ito's colours, told apart by colour-blind readers
-BLUE, GREEN, ORANGE, GREY = "#0072B2", "#009E73", "#D55E00", "#777777"
 
-
-def score_figure(rows, patients, summary):
+def score_figure(rows: Sequence[ScoredCase], patients: Sequence[str], summary: Mapping[str, Any]) -> bytes:
     """PNG bytes: the scores of all cases, the calibration of the ensemble's mean, GED against ensemble size.
 
     :param rows, patients, summary: those of an evaluation.Evaluation.
     """
     figure = Figure(figsize=(15, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
-    _distributions(left, np.array([row.scores["model", "all"] for row in rows]), summary["references"])
+    _distributions(left, np.array([row.scores[MODEL, ALL] for row in rows]), summary["references"])
     _calibration(middle, *(np.array(summary["calibration"][name]) for name in ("pixels", "predicted", "observed")))
     _ged_against_members(right, rows, patients, summary)
     counts = "–".join(map(str, sorted(set(summary["members"]))))
@@ -27,10 +29,11 @@ def score_figure(rows, patients, summary):
     return png(figure)
 
 
-def progress_figure(rows):
+def progress_figure(rows: Sequence[Mapping[str, float]], losses: Sequence[str]) -> bytes:
     """PNG bytes: losses, scores of the validation cases, and norms over the steps of a training run.
 
     :param rows: of progress.json, dicts of numbers by name.
+    :param losses: the names of the losses, that which is trained on first.
     """
     scored = any(name.startswith("val_") for row in rows for name in row)
     columns = 3 if scored else 2
@@ -38,17 +41,17 @@ def progress_figure(rows):
     # a layout that finds its margins by itself takes as long as all else
     axes = figure.subplots(1, columns, gridspec_kw={"left": 0.2 / columns, "right": 1 - 0.05 / columns, "bottom": 0.12,
                                                     "top": 0.85, "wspace": 0.25})
-    panels = [("losses", ["loss", "mse", "vb", "kl"], "log"),
+    panels = [("losses", losses, "log"),
               ("norms of gradient and parameters", ["grad_norm", "param_norm"], "log")]
     if scored:
         names = dict.fromkeys(name for row in rows for name in row if name.startswith("val_"))
         panels.insert(1, ("scores of the validation cases", names, "linear"))
     for ax, (title, names, scale) in zip(axes, panels):
-        for name, colour in zip(names, (BLUE, ORANGE, GREEN, GREY)):
+        for name, colour in zip(names, itertools.cycle(CURVES)):
             points = np.array([(row["step"], row[name]) for row in rows if name in row]).reshape(-1, 2)
             if len(points):
                 ax.plot(*points.T, "." if len(points) == 1 else "-", color=colour, label=name,
-                        linewidth=4 if name == "loss" else 1.5)  # which mse may cover
+                        linewidth=4 if name == losses[0] else 1.5)  # which its parts may cover
         ax.set(title=title, xlabel="step", yscale=scale)
         ax.grid(alpha=0.3)
         if ax.lines:
@@ -57,7 +60,8 @@ def progress_figure(rows):
     return png(figure)
 
 
-def png(figure):
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
@@ -67,11 +71,11 @@ def _distributions(axes, values, references):
     """values [N, S]: a box a score, over cases."""
     places = np.arange(len(SCORES))[::-1]
     axes.boxplot(values, orientation="horizontal", positions=places, widths=0.55, whis=(5, 95), showfliers=False,
-                 patch_artist=True, boxprops={"facecolor": "#BBD7EA", "edgecolor": BLUE}, medianprops={"color": BLUE},
+                 patch_artist=True, boxprops={"facecolor": PALE_BLUE, "edgecolor": BLUE}, medianprops={"color": BLUE},
                  whiskerprops={"color": BLUE}, capprops={"color": BLUE})
     axes.plot(values.mean(0), places, "o", color=BLUE, label="mean of the model")
-    for (name, scores), marker, colour in zip(references.items(), ("D", "x"), (GREEN, ORANGE)):
-        axes.plot([scores["all"][score]["mean"] for score in SCORES], places, marker, color=colour,
+    for (name, scores), marker, colour in zip(references.items(), ("D", "x"), (GREEN, VERMILLION)):
+        axes.plot([scores[ALL][score]["mean"] for score in SCORES], places, marker, color=colour,
                   label=f"mean of {name}")
     axes.set(yticks=places, yticklabels=list(SCORES), xlabel="score", title="Cases: quartiles, and 5 to 95 %")
     axes.grid(axis="x", alpha=0.3)
@@ -94,19 +98,17 @@ def _calibration(axes, pixels, predicted, observed):
 
 def _ged_against_members(axes, rows, patients, summary):
     """Expected GED of k members, for each k: GED_unbiased + diversity / k + rater_diversity / m."""
-    names = list(SCORES)
-    unbiased, spread, rater_spread = (
-        np.array([row.scores["model", "all"][names.index(name)] for row in rows])[:, None]
-        for name in ("GED_unbiased", "diversity", "rater_diversity"))
+    unbiased, spread, rater_spread = (np.array([row.score(name) for row in rows])[:, None]
+                                      for name in ("GED_unbiased", "diversity", "rater_diversity"))
     m = np.array([row.raters for row in rows])[:, None]
     members = np.unique(np.geomspace(1, summary["members"][0], 40).round())  # [K]
     mean, low, high = bootstrap_interval(unbiased + spread / members + rater_spread / m, patients)
     axes.plot(members, mean, "o-", color=BLUE, markersize=3, label="model, 95 % interval")
     axes.fill_between(members, low, high, color=BLUE, alpha=0.2)
     axes.plot(members, (rater_spread * (m - 1) / m).mean() / members, "D-", color=GREEN, markersize=3,
-              label="resampled raters")
-    empty = summary["references"]["all background"]["all"]["GED"]["mean"]  # may lie far above the rest
-    axes.axhline(empty, color=ORANGE, linestyle="--", label=f"all background: {empty:.2f}")
+              label=RATERS)
+    empty = summary["references"][BACKGROUND][ALL]["GED"]["mean"]  # may lie far above the rest
+    axes.axhline(empty, color=VERMILLION, linestyle="--", label=f"{BACKGROUND}: {empty:.2f}")
     axes.set(xscale="log", xlabel="masks drawn", ylabel="GED", title="GED against ensemble size",
              ylim=(0, 1.5 * np.nanmax([mean, high]) or 1))
     axes.xaxis.set_major_locator(FixedLocator(sorted({1, 2, 4, 8, 16, 32, 50, 100} & set(range(int(members[-1]))))

@@ -1,6 +1,14 @@
+// report.html: sorts and filters the table of cases, and draws a case that is opened.
+//
+// report.py puts this in the page as it is, so that the page's security policy can name its hash, and beside it blocks of
+// JSON: #colours (map, outlines and ensemble as [r, g, b] from 0 to 255; line and axis in hex) and, for row i of the
+// table, #case<i>: pictures as PNGs in base64 (image; masks: the raters' and then the members', below one another; mean:
+// of all members), their height and width, step (of how many pixels one is kept), raters and members (how many), scores
+// by name, and calibration (a row each of pixels, predicted and observed, a column a bin).
 "use strict";
-const map = MAP, colours = COLOURS, sky = [ENSEMBLE];
 const $ = query => document.querySelector(query), body = $("#cases tbody"), box = $("dialog"), view = $("#view");
+const data = id => JSON.parse(document.getElementById(id).textContent);
+const {map, outlines: colours, ensemble, line, axis} = data("colours");
 const rows = [...body.rows], heads = [...$("#cases thead tr").cells];
 rows.forEach((row, i) => { row.dataset.i = i; row.tabIndex = -1; });
 let current = rows[0];
@@ -67,7 +75,7 @@ function figure(caption, ...nodes) {
 }
 async function open(row) {
   choose(row);
-  const list = visible(), c = JSON.parse(document.getElementById("case" + row.dataset.i).textContent);
+  const list = visible(), c = data("case" + row.dataset.i);
   $("#previous").disabled = row === list[0]; $("#next").disabled = row === list.at(-1);
   if (!box.open) box.showModal();
   const [scan, sprite, mean] = await Promise.all([c.image, c.masks, c.mean].map(levels));
@@ -118,10 +126,10 @@ async function open(row) {
   const numbers = document.createElement("table"), s = c.scores;
   numbers.className = "numbers";
   for (const i of heads.keys()) if (i > 1 && row.cells[i].textContent) {
-    const line = numbers.insertRow(), name = document.createElement("th");
+    const entry = numbers.insertRow(), name = document.createElement("th");
     name.textContent = heads[i].textContent;
-    line.append(name);
-    line.insertCell().textContent = row.cells[i].textContent;
+    entry.append(name);
+    entry.insertCell().textContent = row.cells[i].textContent;
   }
   const ged = Array.from({length: c.members}, (_, k) =>
     [k + 1, s.GED_unbiased + s.diversity / (k + 1) + s.rater_diversity / c.raters]);
@@ -133,7 +141,7 @@ async function open(row) {
   view.replaceChildren(
     grid([tile("scan", large, grey), tile("raters' outlines", large, grey, {outlines: raters}),
       tile("share of raters", large, ramp(votes), {most: 1}),
-      tile("outline of half of the masks", large, grey, {outlines: [mean.map(v => v > 127)], of: sky}),
+      tile("outline of half of the masks", large, grey, {outlines: [mean.map(v => v > 127)], of: [ensemble]}),
       tile("probability", large, ramp(p), {most: 1}),
       tile("spread (std)", large, ramp(i => 2 * Math.sqrt(p(i) * (1 - p(i)))), {most: 0.5})], "overview"),
     notes && "Shown: " + notes,
@@ -148,9 +156,9 @@ function chart(points, right, top, diagonal) {
   const y = v => 180 - 165 * Math.max(0, v) / top;
   const at = points.map(([a, b]) => [x(a), y(b)]), template = document.createElement("template");
   template.innerHTML = `<svg width="300" height="205" font-size="12" fill="#111"><path d="M40 15V180H280" fill="none"
-    stroke="#777"/>${diagonal ? '<path d="M40 180L280 15" stroke="#777" stroke-dasharray="4"/>' : ""}
-    <polyline points="${at.join(" ")}" fill="none" stroke="#0072b2" stroke-width="2"/>
-    ${at.map(([a, b]) => `<circle cx="${a}" cy="${b}" r="3" fill="#0072b2"/>`).join("")}
+    stroke="${axis}"/>${diagonal ? `<path d="M40 180L280 15" stroke="${axis}" stroke-dasharray="4"/>` : ""}
+    <polyline points="${at.join(" ")}" fill="none" stroke="${line}" stroke-width="2"/>
+    ${at.map(([a, b]) => `<circle cx="${a}" cy="${b}" r="3" fill="${line}"/>`).join("")}
     <text x="34" y="184" text-anchor="end">0</text><text x="34" y="20" text-anchor="end">${+top.toFixed(2)}</text>
     <text x="40" y="198" text-anchor="middle">${diagonal ? 0 : 1}</text>
     <text x="280" y="198" text-anchor="middle">${right}</text></svg>`;

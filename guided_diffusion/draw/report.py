@@ -4,24 +4,28 @@ import base64
 import hashlib
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from string import Template
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..metrics import SCORES
-from . import montage
+from . import montage, style
+from .scored import ALL, MODEL, ScoredCase, ensemble_sizes
 
 MEMBERS = 16  # of a case that the page holds
 SIDE = 256  # pixels; larger pictures are thinned out to at most this
 THUMBNAIL = 64  # pixels
 PAGE, STYLE, SCRIPT = (Path(__file__).with_name(f"report.{kind}").read_text(encoding="utf-8")
-                       for kind in ("html", "css", "js"))  # PAGE is a str.format template
+                       for kind in ("html", "css", "js"))  # PAGE is a string.Template; the others are taken as they are
 _GREYS = 48  # levels in a thumbnail
-_RATERS = montage.OUTLINES[0]  # the colour of all of them together
+_RATERS = style.OUTLINES[0]  # the colour of all of them together
 
 
-def pictures(image, raters, predictions):
+def pictures(image: np.ndarray, raters: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
     """What the page shows of a case, small enough to keep for thousands: texts, of which some are PNGs in base64.
 
     :param image: [C, H, W] in [0, 1], of which the first channel is shown.
@@ -49,50 +53,67 @@ def _thumbnail(grey, raters, ensemble):
     how = Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST
     pixels = np.round(np.asarray(Image.fromarray(grey).resize(size, how)) * ((_GREYS - 1) / 255)).astype(np.uint8)
     dashes = np.add(*np.indices(pixels.shape)) // 2 % 2 == 0
-    edges = [_border(np.asarray(Image.fromarray(share.astype(np.float32)).resize(size, how)) >= 0.5)
+    edges = [_rim(np.asarray(Image.fromarray(share.astype(np.float32)).resize(size, how)) >= 0.5)
              for share in (raters, ensemble)]
     pixels[edges[1]] = _GREYS + 1
     pixels[edges[0] & (dashes | ~edges[1])] = _GREYS
     picture = Image.fromarray(pixels)
     levels = np.linspace(0, 255, _GREYS).round().astype(int)
-    picture.putpalette([int(value) for level in levels for value in [level] * 3] + [*_RATERS, *montage.ENSEMBLE])
+    picture.putpalette([int(value) for level in levels for value in [level] * 3] + [*_RATERS, *style.ENSEMBLE])
     return _png(picture)
 
 
-def _border(mask):
+def _rim(mask):
+    """The pixels of a mask, [h, w] bool, that have a neighbour outside it."""
     inside = np.pad(mask, 1)
     return mask & ~(inside[1:-1, :-2] & inside[1:-1, 2:] & inside[:-2, 1:-1] & inside[2:, 1:-1])
 
 
-def page(rows, patients, counts, tables, figure):
-    """The page, as bytes.
+def page(rows: Sequence[ScoredCase], patients: Sequence[str], counts: str, tables: Sequence[Sequence[Sequence[str]]],
+         figure: bytes | None) -> bytes:
+    """The page, in UTF-8.
 
     :param rows, patients: those of an evaluation.Evaluation.
     :param counts: what was scored, in words.
     :param tables: of the summary, each a list of rows of words with the head first.
-    :param figure: bytes of the PNG of plots.score_figure.
+    :param figure: the PNG of plots.score_figure; None leaves it out.
     """
-    script = SCRIPT
-    for word, value in (("MAP", montage.MAP.tolist()), ("COLOURS", montage.OUTLINES), ("ENSEMBLE", montage.ENSEMBLE)):
-        script = script.replace(word, json.dumps(value))
-    sizes = sorted({size for row in rows for _, size in row.scores if size != "all"}, key=int)
-    names = [*SCORES, *(f"GED_{size}" for size in sizes)]
-    heads = "".join(f'<th scope="col" aria-sort="{"ascending" if name == "case" else "none"}"><button>'
-                    f'{name.replace("_", "_<wbr>") if len(name) > 10 else name}</button></th>'
-                    for name in ("case", "patient", "raters", "members", *names))
-    body = "\n".join(_row(row, patient, sizes) for row, patient in zip(rows, patients))
-    cases = "\n".join(f'<script type="application/json" id="case{i}">{_case(row)}</script>'
-                      for i, row in enumerate(rows))
-    policy = (f"default-src 'none'; img-src data:; style-src '{_hash(STYLE)}'; script-src '{_hash(script)}';"
-              f" base-uri 'none'; form-action 'none'")
-    text = PAGE.format(policy=policy, style=STYLE, script=script, counts=html.escape(counts), count=len(rows),
-                        tables="".join(map(_table, tables)), figure=base64.b64encode(figure).decode(), heads=heads,
-                        body=body, cases=cases, raters=_RATERS, ensemble=montage.ENSEMBLE)
+    sizes = ensemble_sizes(rows)
+    names = ["case", "patient", "raters", "members", *SCORES, *(f"GED_{size}" for size in sizes)]
+    blocks = {"colours": {"map": style.MAP.tolist(), "outlines": style.OUTLINES, "ensemble": style.ENSEMBLE,
+                          "line": style.BLUE, "axis": style.GREY},
+              **{f"case{i}": _case(row) for i, row in enumerate(rows)}}
+    css = f":root {{ --focus: {style.BLUE} }}\n{STYLE}"
+    text = Template(PAGE).substitute(
+        policy=f"default-src 'none'; img-src data:; style-src '{_hash(css)}'; script-src '{_hash(SCRIPT)}';"
+               f" base-uri 'none'; form-action 'none'",
+        style=css, script=SCRIPT, counts=html.escape(counts), count=len(rows), tables="".join(map(_table, tables)),
+        figure="" if figure is None else _figure(figure), heads="".join(map(_head, names)),
+        body="\n".join(_row(row, patient, sizes) for row, patient in zip(rows, patients)),
+        blocks="\n".join(_block(name, values) for name, values in blocks.items()),
+        raters=f"rgb{_RATERS}", ensemble=f"rgb{style.ENSEMBLE}")
     return text.encode(errors="xmlcharrefreplace")
 
 
 def _hash(text):
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _figure(png):
+    return ('<img class="figure" alt="distribution of scores, calibration, and GED against the number of masks"\n'
+            f' src="data:image/png;base64,{base64.b64encode(png).decode()}">')
+
+
+def _block(name, values):
+    """Values for the script, as JSON; text in them cannot end the block."""
+    text = json.dumps(values, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'
+
+
+def _head(name):
+    words = html.escape(name)
+    return (f'<th scope="col" aria-sort="{"ascending" if name == "case" else "none"}"><button>'
+            f'{words.replace("_", "_<wbr>") if len(name) > 10 else words}</button></th>')
 
 
 def _table(rows):
@@ -103,7 +124,7 @@ def _table(rows):
 
 
 def _row(row, patient, sizes):
-    values = [*row.scores["model", "all"], *(row.scores.get(("model", size), [None])[0] for size in sizes)]
+    values = [*row.scores[MODEL, ALL], *(row.score("GED", size) for size in sizes)]
     cells = [f'<td data-v="{value}">{value}</td>' for value in (row.raters, row.members)]
     cells += ["<td></td>" if value is None else f'<td data-v="{float(value)!r}">{value:.3f}</td>' for value in values]
     source = f"data:image/png;base64,{row.pictures['thumbnail']}"
@@ -112,8 +133,8 @@ def _row(row, patient, sizes):
 
 
 def _case(row):
-    """JSON of what opening a case needs beside its row of the table; holds no text but numbers and base64."""
+    """What opening a case needs beside its row of the table."""
     what = {key: value for key, value in row.pictures.items() if key != "thumbnail"}
-    scores = dict(zip(SCORES, row.scores["model", "all"].tolist()))
-    return json.dumps({**what, "raters": row.raters, "members": row.members, "scores": scores,
-                       "calibration": np.round(row.calibration, 4).tolist()}, separators=(",", ":"))
+    scores = dict(zip(SCORES, row.scores[MODEL, ALL].tolist()))
+    return {**what, "raters": row.raters, "members": row.members, "scores": scores,
+            "calibration": np.round(row.calibration, 4).tolist()}

@@ -56,23 +56,27 @@ def split_address(server, port):
 
 def start_server(address, port, path="", patience=60.0):
     """Start a Visdom server on this machine that outlives this process, unless one listens already, and wait for it."""
-    if _listens(port):
+    if listens(port):
         return
     logger.log(f"starting a Visdom server at {address}:{port}, which stays when this has ended")
     with tempfile.TemporaryFile() as said:
         server = subprocess.Popen([sys.executable, "-m", "guided_diffusion.live.server", str(port)], stderr=said,
                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
         end = time.monotonic() + patience
-        while not _listens(port) and server.poll() is None and time.monotonic() < end:
+        while not listens(port) and server.poll() is None and time.monotonic() < end:
             time.sleep(0.1)
         said.seek(0)
         if words := said.read().decode(errors="replace").strip():
             logger.log("the Visdom server says:", words.splitlines()[-1])
 
 
-def _listens(port):
+def listens(port: int, timeout: float = 1.0) -> bool:
+    """Whether a program of this machine listens on a port; nothing is sent there.
+
+    :param timeout: seconds to wait for an answer, where a firewall gives none.
+    """
     with contextlib.suppress(OSError):
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        socket.create_connection(("127.0.0.1", port), timeout).close()
         return True
     return False
 

@@ -6,16 +6,15 @@ costs the run no time, and once it answers it is sent every window whole.
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import threading
 import time
 
 from .. import logger
-from ..system import storage
+from ..system import packages, storage
 from ..system.errors import InputError
-from .client import environment_name, page, split_address, start_server, visdom_client
+from .client import environment_name, listens, page, split_address, start_server, visdom_client
 
 
 class Monitor:
@@ -25,24 +24,31 @@ class Monitor:
     :param windows: Text, Picture and Curves objects in the order of the page.
     :param folder: where visdom.log goes; None for none.
     :param server: address of the server, see split_address; "" for this machine's.
-    :param port: its port; 0 draws nothing.
-    :param start: whether to start a server on this machine if none answers.
+    :param port: its port.
+    :param mode: "connect" draws on the server; "start" starts one on this machine before, if none listens there; "off"
+        draws and records nothing, but says how to, if a server listens on this port of this machine. So does port 0,
+        which says nothing.
     """
 
     tick = 0.2  # seconds between two looks at the windows
     patience = 10.0  # seconds until a server that does not answer is asked again
 
-    def __init__(self, env, windows, folder=None, server="", port=8097, start=False):
+    def __init__(self, env, windows, folder=None, server="", port=8097, mode="off"):
         self.env, self.windows = environment_name(env), windows
         self.active = False
         if not port:
             return
-        if importlib.util.find_spec("visdom") is None:
-            logger.log("the package visdom is not installed; going on without")
+        if mode == "off":
+            if listens(port, timeout=0.2):
+                logger.log(f"a program listens on port {port} of this machine: if it is a Visdom server, --visdom"
+                           f" connect shows the run there")
+            return
+        if not packages.is_installed("visdom"):
+            logger.log(packages.missing(f"--visdom {mode}", "visdom") + "; going on without")
             return
         self.active, self.address = True, split_address(server, port)
         self.url = "{}:{}{}".format(*self.address)
-        self._start, self._file = start, folder and Record(folder)
+        self._start, self._file = mode == "start", folder and Record(folder)
         self._connected, self._missed, self._retry_at = False, False, 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -101,7 +107,7 @@ class Monitor:
     def _report(self, error):
         why = "asks for a login: set VISDOM_USERNAME and VISDOM_PASSWORD" if _status(error) == 400 else (
             "stopped answering" if self._connected else "does not answer")
-        hint = "" if self._connected else "; --visdom start, or make visdom, starts one"
+        hint = "" if self._connected else "; --visdom start starts one"
         logger.log(f"the Visdom server at {self.url} {why} ({type(error).__name__}); going on without it{hint}")
 
 

@@ -10,12 +10,18 @@ import socket
 import sys
 from pathlib import Path
 
+from ..system import packages
+from ..system.errors import InputError
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("port", type=int, nargs="?", default=8097)
     port = parser.parse_args().port
-    import visdom
+    try:
+        visdom = packages.require("visdom", "the live view")
+    except InputError as error:
+        sys.exit(str(error))
     from visdom.server.build import download_scripts
     from visdom.server.defaults import DEFAULT_ENV_PATH
     from visdom.server.run_server import start_server

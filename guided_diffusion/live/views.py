@@ -7,6 +7,7 @@ import shlex
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -14,9 +15,10 @@ import numpy as np
 from .. import logger, metrics
 from ..data.masks import to_masks
 from ..draw import montage
-from ..system import storage
+from ..system import packages, storage
 from ..system.terminal import duration
 from ..training import validation
+from ..training.callback import Callback
 from .monitor import Monitor
 from .windows import Curves, Picture, Text
 
@@ -30,33 +32,35 @@ def environment(flags, folder):
     return flags["visdom_env"] or os.path.basename(os.path.abspath(folder))
 
 
-class TrainingView:
+class TrainingView(Callback):
     """Is it learning? Curves of all that is logged, and what the network makes of a few cases.
 
     :param folder: the results folder; flags: all flags of the run, a dict.
     :param log_folder: where visdom.log, progress.png and panel.png go; None for nowhere.
     :param end: the last step, 0 for none; global_batch: examples in a step.
+    :param losses: the names of the losses in the log, that which is trained on first.
+    :param splits: of the parts that the log splits each loss by, as in loss_q0; () for none.
+    :param split_by: what such a part is, in words.
     :param cases: the Cases that will be drawn.
     :param enabled: False shows nothing, as on ranks above 0.
     """
 
-    def __init__(self, folder, flags, log_folder, end, global_batch, cases=(), enabled=True):
-        self.flags, self.log_folder, self.end, self.global_batch = flags, log_folder, end, global_batch
+    def __init__(self, folder, flags, log_folder, end, global_batch, losses: Sequence[str], splits: Sequence[str] = (),
+                 split_by: str = "part", cases=(), enabled=True):
+        self.flags, self.log_folder, self.last_step, self.global_batch = flags, log_folder, end, global_batch
         self.enabled, self.seen = enabled, 0
         self.run = Text("run", every=2, **LARGE)
         self.panel, shown = Picture("cases", width=1240, height=666), cases[:validation.SHOWN]
-        losses = ["loss", *(["vb"] if flags["use_kl"] else ["mse"] + ["vb"] * flags["learn_sigma"]),
-                  *["kl"] * bool(flags["kl_weight"])]
-        quartiles = [Curves(f"{name} by quarter of the timesteps", {f"{name}_q{i}": f"q{i}" for i in range(4)},
-                            log=True, **SMALL) for name in losses]
+        parts = [Curves(f"{name} by {split_by}", {f"{name}_{part}": part for part in splits}, log=True, **SMALL)
+                 for name in losses if splits]
         scores = [Curves("scores of the validation cases",
                          {f"val_{name}_{validation.SCORED}": f"{name}_{validation.SCORED}"
                           for name in validation.SCORES}, **SMALL)] if flags["val_dir"] else []
-        for window in [*scores, *quartiles][:1]:  # stands in the first row
+        for window in [*scores, *parts][:1]:  # stands in the first row
             window.opts.update(LARGE)
         self.curves = [
-            Curves("losses", losses, log=True, first_width=4, **LARGE),  # mse may cover the loss
-            *scores, *quartiles,
+            Curves("losses", losses, log=True, first_width=4, **LARGE),  # which its parts may cover
+            *scores, *parts,
             Curves("norms", {"grad_norm": "gradient", "param_norm": "parameters"}, log=True, **SMALL),
             Curves("learning rate", ["lr"], log=True, **SMALL),
             Curves("images per second", ["images_per_second"], **SMALL),
@@ -65,19 +69,19 @@ class TrainingView:
         ]
         self._read_log()
         if enabled and shown:
-            blank = [case.masks[:0] for case in shown]
+            blank = [case.raters[:0] for case in shown]
             self.panel.show(lambda: montage.panel(shown, blank, "the cases to be drawn, as they are outlined"))
         windows = [self.run, *self.curves[:2], self.panel, *self.curves[2:]]
         self.monitor = Monitor(environment(flags, folder), windows, log_folder if enabled else None,
                                **monitor_flags(flags, enabled))
-        self.progress = ProgressPicture(log_folder if enabled else None)
+        self.progress = ProgressPicture(log_folder if enabled else None, losses)
 
-    def update(self):
+    def logged(self, loop=None):
         """Show what was logged since the last call."""
         self._read_log()
         self.progress.draw()
 
-    def show_cases(self, cases, masks, title):
+    def drawn(self, loop, cases, masks, title):
         """Show the ensembles, [n, H, W] bool, of Cases, and keep the picture as panel.png."""
         if self.enabled:
             shown = validation.SHOWN
@@ -100,13 +104,13 @@ class TrainingView:
 
         row = next((row for row in reversed(rows) if "lr" in row), {"step": 0})
         step, speed = row["step"], row.get("images_per_second")
-        facts = [f"step {step:,} of {self.end:,}" if self.end else f"step {step:,}, until it is stopped"]
+        facts = [f"step {step:,} of {self.last_step:,}" if self.last_step else f"step {step:,}, until it is stopped"]
         if speed:
             facts.append(f"{speed:.3g} images a second")
-        if self.end and step >= self.end:
+        if self.last_step and step >= self.last_step:
             facts.append("done")
-        elif self.end and speed:
-            facts.append(f"{duration((self.end - step) * self.global_batch / speed)} left")
+        elif self.last_step and speed:
+            facts.append(f"{duration((self.last_step - step) * self.global_batch / speed)} left")
         if row.get("bad_steps"):
             facts.append(f"{row['bad_steps']} steps skipped: their gradient was not finite")
         self.run.show(_page(facts, self.flags))
@@ -156,8 +160,9 @@ class SamplingView:
             for (name, _), sample in dict(zip(members, x[:, 0].cpu().numpy())).items():
                 self.begun[name][1].append(sample)
             case, samples = self.begun[members[-1][0]]
-            masks = to_masks(np.stack(samples), self.flags["median_blur"])
-            self.case.show(lambda: montage.case_montage(*case, masks))
+            samples, median_blur = np.stack(samples), self.flags["median_blur"]
+            # cut only if it is drawn, which most are not: whole ensembles come cut to show_case
+            self.case.show(lambda: montage.case_montage(*case, to_masks(samples, median_blur)))
 
     def show_case(self, case, masks):
         """Show a Case with its ensemble, [n, H, W] bool."""
@@ -165,8 +170,8 @@ class SamplingView:
             self.begun.pop(case.name)
             self.done, self.masks = self.done + 1, self.masks + len(masks)
             self.case.show(lambda: montage.case_montage(*case, masks))
-            if len(case.masks):
-                self.ged.append(metrics.Agreement(masks, case.masks).ged().item())
+            if len(case.raters):
+                self.ged.append(metrics.Agreement(masks, case.raters).ged().item())
                 self.scores.add(len(self.ged), {"GED": np.mean(self.ged)})
             self._describe()
 
@@ -189,11 +194,16 @@ class ProgressPicture:
     """progress.png, the curves of a run for those without Visdom, drawn on a thread of its own.
 
     :param folder: where it goes; None for nowhere.
+    :param losses: see TrainingView.
     """
 
     share = 0.01  # of the time may go there
 
-    def __init__(self, folder, delay=5.0):
+    def __init__(self, folder, losses: Sequence[str], delay=5.0):
+        self.losses = losses
+        if folder and not packages.is_installed("matplotlib"):
+            logger.log(packages.missing("progress.png", "matplotlib") + "; going on without")
+            folder = None
         self.path = folder and os.path.join(folder, "progress.png")
         self.thread, self.next_time = None, time.monotonic() + delay
 
@@ -210,18 +220,17 @@ class ProgressPicture:
 
     def _draw(self, rows):
         start = time.monotonic()
-        with suppress(OSError, ImportError):  # training does without matplotlib
+        with suppress(OSError, ImportError):  # training does without, even where matplotlib is broken
             from ..draw.plots import progress_figure
 
             if rows:
-                storage.write_bytes(self.path, progress_figure(rows))
+                storage.write_bytes(self.path, progress_figure(rows, self.losses))
         self.next_time = time.monotonic() + (time.monotonic() - start) / self.share
 
 
 def monitor_flags(flags, enabled=True):
     """What a Monitor takes of the flags; of the ranks, one draws."""
-    return {"server": flags["visdom_server"], "port": flags["visdom_port"] if enabled else 0,
-            "start": flags["visdom"] == "start"}
+    return {"server": flags["visdom_server"], "port": flags["visdom_port"] if enabled else 0, "mode": flags["visdom"]}
 
 
 def _page(facts, flags):

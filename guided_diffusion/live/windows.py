@@ -5,8 +5,8 @@ import math
 import numpy as np
 from PIL import Image, ImageOps
 
-# Okabe and Ito's, told apart by colour-blind readers
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442"]
+from ..draw.style import CURVES
+
 BUTTONS = ["zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale", "toimage", "select", "lasso"]
 
 
@@ -70,7 +70,7 @@ class Curves(Text):
         super().__init__(title, legend=list(names.values()), **opts)
         # the page's own title and buttons would lie over the curves
         self.opts["layoutopts"] = {"plotly": {
-            "title": "", "showlegend": True, "colorway": COLOURS, "margin": {"l": 45, "r": 10, "t": 34, "b": 34},
+            "title": "", "showlegend": True, "colorway": CURVES, "margin": {"l": 45, "r": 10, "t": 34, "b": 34},
             "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
             "xaxis": {"title": {"text": xlabel, "standoff": 5}, "automargin": True},
             "yaxis": {"type": "log" if log else "linear", "automargin": True, "exponentformat": "power"},

@@ -4,6 +4,9 @@ import torch
 from torch import nn
 from torch.distributions import Independent, Normal
 
+from ..system.errors import InputError
+from ..system.flag import Flag, parse_numbers
+
 
 class AxisAlignedConvGaussian(nn.Module):
     """q(z | image, mask): a convolutional encoder of a Gaussian with diagonal covariance.
@@ -43,3 +46,31 @@ class AxisAlignedConvGaussian(nn.Module):
         mean, log_std = self.conv_layer(h.mean((2, 3), keepdim=True)).float().flatten(1).chunk(2, dim=1)
         # unchecked: a check would wait for the device at every step
         return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
+
+
+FLAGS = [
+    Flag("input_channels_dist", int, 1, "image channels that AMN and ACN see (the first ones)", "encoders", least=1),
+    Flag("num_filters", str, "32,64,128,192", "filters of each block of AMN and ACN", "encoders"),
+    Flag("no_convs_per_block", int, 3, "convolutions a block of AMN and ACN", "encoders", least=1, most=1024),
+    Flag("latent_dim", int, 6, "dimensions of their latent Gaussian", "encoders", least=1, most=65536),
+]
+
+
+def create_encoders(
+    image_channels: int = 4, kl_weight: float = 0.001, input_channels_dist: int = 1, num_filters: str = "32,64,128,192",
+    no_convs_per_block: int = 3, latent_dim: int = 6,
+) -> tuple[AxisAlignedConvGaussian | None, AxisAlignedConvGaussian | None]:
+    """AMN (posterior) and ACN (prior) from their flags; (None, None) if kl_weight is 0.
+
+    :raises InputError: for flags that make no encoders, naming them.
+    """
+    if not kl_weight:
+        return None, None
+    if input_channels_dist > image_channels:
+        raise InputError(f"--input_channels_dist {input_channels_dist}: the image has --image_channels"
+                         f" {image_channels}")
+    filters = parse_numbers(int, num_filters, "num_filters")
+    if not filters or not all(0 < number <= 65536 for number in filters):
+        raise InputError(f"--num_filters {num_filters}: needs a number a block, above 0 and at most 65536")
+    return tuple(AxisAlignedConvGaussian(input_channels_dist, filters, no_convs_per_block, latent_dim)
+                 for _ in range(2))

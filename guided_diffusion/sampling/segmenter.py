@@ -3,19 +3,27 @@
 import collections
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from .. import checkpoint, script_util
-from ..data import pictures
-from ..data.cases import SUFFIXES, Case, CaseFiles, case_files, fit_case, read_case
+from ..data import pictures, scaling
+from ..data.case_files import CaseContents, CaseFiles, case_name, read_case, sort_files
+from ..data.cases import Case
+from ..data.fitting import fit_case, fit_spacing
 from ..data.masks import to_masks
-from ..flags import FLAGS, apply_stored_flags, check_value, defaults, pick
-from ..system import storage
+from ..data.readers.base import Readers, refuse_unused
+from ..flags import FLAGS, apply_stored_flags, defaults, settle
+from ..system import packages, storage
+from ..system.errors import InputError
+from ..system.flag import check_value
 from .ensembles import EnsembleSampler, largest_batch
 from .files import write_case
 
@@ -31,11 +39,13 @@ class Ensemble:
     mean     [H, W] float in [0, 1], the probability of foreground
     std      [H, W] float in [0, 0.5], the spread over the members
     spacing  (row, column) distance of the masks' pixels in mm, or None
+    info     what else the file says of the scan, as its reader has it, a dict
     """
 
-    def __init__(self, case, samples, spacing=None):
+    def __init__(self, case: Case, samples: np.ndarray, spacing: tuple[float, float] | None = None,
+                 info: Mapping[str, Any] | None = None):
         self.name, self.image, self.raters = case
-        self.samples, self.spacing = samples, spacing
+        self.samples, self.spacing, self.info = samples, spacing, dict(info or {})
         self.masks = to_masks(samples)
         self.mean, self.std = self.masks.mean(0), self.masks.std(0)
 
@@ -54,14 +64,14 @@ class Ensemble:
         :returns: closed contours, a list of [k, 2] float arrays of (x, y) in pixels, the first point again at the end;
             holes are contours of their own, and the list is empty if no pixel is that probable. (0, 0) is the centre
             of the first pixel, and the picture spans -0.5 to W - 0.5. The mean is interpolated between centres.
+        :raises InputError: without the package contourpy, which comes with matplotlib.
         """
         if not 0 < p <= 1:
             raise ValueError(f"p is {p}, but must be a probability above 0")
-        from contourpy import contour_generator  # comes with matplotlib; all else works without
-
+        contourpy = packages.require("contourpy", "outline_at")
         agree = max(1, math.ceil(p * len(self) - 1e-9))  # so many members, wherever the mean is at least p
         level = (agree - 0.5) / len(self)  # no pixel has it, so every pixel is inside or outside
-        lines = contour_generator(z=np.pad(self.mean, 1)).lines(level)
+        lines = contourpy.contour_generator(z=np.pad(self.mean, 1)).lines(level)
         return [np.clip(line - 1, -0.5, np.array(self.mean.shape[::-1]) - 0.5) for line in lines]
 
     def area_interval(self, level=0.9):
@@ -79,7 +89,7 @@ class Ensemble:
         :raises InputError: if they cannot be written.
         """
         storage.make_folder(folder, "folder")
-        write_case(folder, Case(name or self.name, self.image, self.raters), self.samples)
+        write_case(folder, Case(name or self.name, self.image, self.raters), self.samples, self.masks)
 
 
 class Segmenter:
@@ -90,9 +100,9 @@ class Segmenter:
         ensemble.masks, ensemble.mean, ensemble.outline_at(0.5), ensemble.area_interval(0.9)
     """
 
-    def __init__(self, model, flags, device, dtype=None):
-        self.model = model.to(device).eval().convert_for_sampling(dtype)
-        self.flags, self.device = flags, device
+    def __init__(self, model: nn.Module, flags: Mapping[str, Any], device: torch.device | str,
+                 dtype: torch.dtype | None = None):
+        self.model, self.flags, self.device, self.dtype = model.to(device), dict(flags), torch.device(device), dtype
 
     @classmethod
     def load(cls, path, device=None, bf16=False, **flags):
@@ -109,20 +119,25 @@ class Segmenter:
         if os.path.isdir(path) or (storage.is_remote(path) and not str(path).endswith(".pt")):
             path = storage.join(path, checkpoint.NEWEST)
         folder = storage.folder_of(path)
-        args = SimpleNamespace(**{**script_util.model_and_diffusion_defaults(), **flags})
+        known = defaults("model", "diffusion", "method")
+        if unknown := flags.keys() - known.keys():
+            raise TypeError(f"unknown flags: {', '.join(sorted(unknown))}")
+        args = SimpleNamespace(**{**known, **flags})
         apply_stored_flags(args, flags, checkpoint.load_flags(folder), folder)
         args.use_bf16 = args.use_bf16 or bf16
-        model, _ = script_util.create_model_and_diffusion(**vars(args))
+        settle(args, flags)
+        model = script_util.create_method(script_util.drawing_flags(args), training=False).model
         checkpoint.load_model(model, path, "checkpoint")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, vars(args), device, script_util.autocast_dtype(args))
 
     def sample(self, image, num_ensemble=16, steps=None, seed=0, batch_size="auto", name=None, *, sampler="best",
-               fit="error", spacing=None):
+               fit="error", spacing=None, data_dir=None, options=None):
         """Draw an Ensemble of masks for a scan, or a list of them for a list or tuple of scans.
 
         :param image: an array or tensor [H, W] or [C, H, W], uint8 or uint16 spanning their range, or floats in
-            [0, 1]; a PIL image; the path of a PNG or JPEG file; or that of a case folder, with its labels if any.
+            [0, 1]; a PIL image; the path of a PNG or JPEG file, or one of another reader; or that of a case folder,
+            with its labels if any.
             H = W = the model's image_size, C is its number of channels, or 1, which is repeated.
         :param steps: of the sampler (default: as many as script_util.BEST says, or all for another sampler).
         :param seed: the same seed gives the same masks: member i follows from (seed, name, i) and the scan.
@@ -130,10 +145,14 @@ class Segmenter:
             it, but for rounding.
         :param name: of the case, one a scan; masks are then those that segmentation_sample.py draws for it. Default:
             that of the file or folder; other scans have none, so the same noise, and are saved as image, image0, ...
+        :param data_dir: the --data_dir that case folders lie in. Those that lie deeper than one level are called by
+            their path below it, as segmentation_sample.py calls them, and by their last folder without it.
         :param sampler: best, or another that segmentation_sample.py has.
         :param fit: what to do with scans of another size: "error"; "resize", whatever the aspect ratio (floats with 16
             bits); "crop", the central square. Masks are of what the model saw.
-        :param spacing: (row, column) distance of the scan's pixels in mm, or one such pair a scan.
+        :param spacing: (row, column) distance of the scan's pixels in mm, or one such pair a scan (default: what its
+            file says, if it does).
+        :param options: flags of the readers of the files, by name.
         :raises ValueError: for scans it cannot use; InputError: for such files, or options.
         """
         args = self._settings(num_ensemble=num_ensemble, sampling_steps=steps or 0, seed=seed, batch_size=batch_size,
@@ -144,20 +163,22 @@ class Segmenter:
         names = [None] * len(scans) if names is None else names
         if isinstance(names, str) or len(names) != len(scans):
             raise ValueError(f"name is {names!r}, but must be a list of {len(scans)} names, one for each image")
-        cases = [_read(*scan) for scan in zip(scans, names, labels)]
+        readers = Readers(options)
+        read = [_read(*scan, data_dir, readers) for scan in zip(scans, names, labels)]
+        cases = [Case(name, contents.image, contents.raters) for name, contents, _ in read]
+        refuse_unused(options or {}, readers.used(files for *_, files in read if files), "the images")
         twice = [case for case, count in collections.Counter(case.name for case in cases).items() if case and count > 1]
         if twice:
             raise ValueError(f"two images are called {twice[0]}; give each a name of its own, name=[...]")
-        spacings = [None] * len(cases) if spacing is None else self._spacings(spacing, cases, fit)
+        spacings = self._spacings(spacing, [contents for _, contents, _ in read], fit)
         cases = [self._prepare(case, case.name or label, fit) for case, label in zip(cases, labels)]
 
-        diffusion = script_util.create_gaussian_diffusion(**pick(args, "diffusion"))
+        method = script_util.create_method(args, self.model, training=False).prepare(self.dtype)
         largest = largest_batch(self.device, args.image_size) if batch_size == "auto" else int(batch_size)
-        sampler = EnsembleSampler(self.model, diffusion, batch_size=min(largest, max(1, len(cases)) * num_ensemble),
-                                  seed=args.seed, sampler=args.sampler)
-        ensembles = [Ensemble(case._replace(name=case.name or label), samples, spacing)
-                     for label, spacing, (case, samples) in
-                     zip(labels, spacings, sampler.ensembles(cases, num_ensemble))]
+        sampler = EnsembleSampler(method, batch_size=min(largest, max(1, len(cases)) * num_ensemble), seed=args.seed)
+        ensembles = [Ensemble(case._replace(name=case.name or label), samples, spacing, contents.info)
+                     for label, spacing, (_, contents, _), (case, samples) in
+                     zip(labels, spacings, read, sampler.ensembles(cases, num_ensemble))]
         return ensembles if many else ensembles[0]
 
     def _settings(self, **given):
@@ -166,14 +187,12 @@ class Segmenter:
         for flag in FLAGS:
             if flag.group in ("sampling", "files and processes") and flag.name in given:
                 check_value(flag, given[flag.name], flag.name)
-        args = SimpleNamespace(**{**defaults("sampling"), **self.flags, **given})
-        script_util.choose_sampler(args, {})
-        return args
+        return script_util.drawing_flags(SimpleNamespace(**self.flags), **given)
 
     def _prepare(self, case, what, fit):
         """The Case as the model takes it, its image [C, S, S] float32 in [0, 1]; ValueError if it cannot."""
         side, channels = self.flags["image_size"], self.flags["image_channels"]
-        image, masks = case.image, case.masks
+        image, raters = case.image, case.raters
         if len(image) not in (1, channels):
             remedy = "image[..., 0], or image.transpose(2, 0, 1)" if image.shape[2] in (1, 3, 4) else "image[0]"
             raise ValueError(f"{what} is {list(image.shape)}, but the model takes [{side}, {side}] or"
@@ -182,31 +201,29 @@ class Segmenter:
             if fit == "error":
                 raise ValueError(f"{what} has {image.shape[1]} rows and {image.shape[2]} columns, but the model takes"
                                  f' {side} of each; give fit="resize" or fit="crop"')
-            if image.dtype == np.float32 and fit == "resize":
-                image = (image * 65535).round().astype(np.uint16)
-            image, masks = fit_case(image, masks, side, fit, what)
-        if image.dtype != np.float32:
-            image = image * np.float32(1 / np.iinfo(image.dtype).max)
-        return Case(case.name, np.repeat(image, channels // len(image), axis=0), masks)
+            image, raters = fit_case(scaling.to_16_bits(image) if fit == "resize" else image, raters, side, fit, what)
+        return Case(case.name, scaling.repeat_channel(scaling.to_unit(image), channels), raters)
 
-    def _spacings(self, spacing, cases, fit):
-        """(row, column) distance of the masks' pixels, for each of these cases as they were read."""
-        pairs = np.asarray(spacing, dtype=float)
-        if pairs.shape not in ((2,), (len(cases), 2)) or not ((pairs > 0) & (pairs < np.inf)).all():
-            raise ValueError(f"spacing is {spacing}, but must be (row, column) in mm, or one such pair an image")
-        zoom = [np.divide(case.image.shape[1:], self.flags["image_size"]) if fit == "resize" else (1, 1)
-                for case in cases]
-        return [tuple(pair.tolist()) for pair in pairs * np.reshape(zoom, (-1, 2))]
+    def _spacings(self, spacing, scans, fit):
+        """(row, column) distance of the masks' pixels, for each of these CaseContents; None where it is unknown."""
+        pairs = [contents.spacing for contents in scans]
+        if spacing is not None:
+            given = np.asarray(spacing, dtype=float)
+            if given.shape not in ((2,), (len(scans), 2)) or not ((given > 0) & (given < np.inf)).all():
+                raise ValueError(f"spacing is {spacing}, but must be (row, column) in mm, or one such pair an image")
+            pairs = np.broadcast_to(given, (len(scans), 2)).tolist()
+        return [pair and tuple(fit_spacing(pair, contents.image.shape[1:], self.flags["image_size"], fit))
+                for pair, contents in zip(pairs, scans)]
 
 
 # ---- scans of any kind ----
 
-def _read(source, name, label):
-    """A scan -> Case with its image [C, H, W] as it is, uint8, uint16 or float32 in [0, 1]; `label` is for messages.
-    Nameless ones are called ""."""
+def _read(source, name, label, data_dir, readers):
+    """A scan -> its name, "" for none; its CaseContents, the image as it is, uint8, uint16 or float32 in [0, 1]; the
+    CaseFiles that it comes from, None for none. `label` is for messages."""
     if isinstance(source, (str, os.PathLike)):
-        files = _files(Path(os.path.abspath(source)))
-        return Case(name or files.name, *read_case(files, need_labels=False))
+        files = _files(Path(os.path.abspath(source)), data_dir, readers)
+        return name or files.name, read_case(files, need_labels=False, readers=readers), files
     if isinstance(source, Image.Image):
         source = _pixels(source, label)
     elif torch.is_tensor(source):
@@ -222,15 +239,17 @@ def _read(source, name, label):
         extent = f" from {image.min():g} to {image.max():g}" if kind in "iuf" else ""
         raise ValueError(f"{label} is {image.dtype}{extent}; give uint8, uint16, or floats and scale it to [0, 1]")
     image = image.astype(np.float32, copy=False) if kind == "f" else image
-    return Case(name or "", image, np.zeros((0, *image.shape[1:]), dtype=bool))
+    return name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), dtype=bool), None, {}), None
 
 
-def _files(path):
+def _files(path, data_dir, readers):
     """The files of a case folder, or of a case that is this one picture."""
     if not path.is_dir():
-        return CaseFiles(path.stem, path.parent, [path], [])
-    return case_files(path.name, path, [file for file in path.iterdir() if file.name[0] != "."
-                                                 and file.suffix.lower() in SUFFIXES])
+        return CaseFiles(readers.stem_of(path), path.parent, [path], [])
+    root = Path(os.path.abspath(data_dir or path.parent))
+    if root not in path.parents:
+        raise InputError(f"data_dir {data_dir}: does not hold {path}; give the folder that its cases lie in")
+    return sort_files(case_name(path, root), path, [file for file in path.iterdir() if file.name[0] != "."], readers)
 
 
 def _pixels(picture, label):

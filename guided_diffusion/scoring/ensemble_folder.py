@@ -3,15 +3,18 @@
 import os
 import re
 import string
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
 
-from ..data import pictures
-from ..data.cases import fit_case, read_case
+from ..data import pictures, scaling
+from ..data.case_files import CaseFiles, read_case
+from ..data.fitting import fit_case
+from ..data.readers.base import Readers
 from ..system.errors import InputError, raise_problems
 
-JPEG_RINGING = 64  # grey levels of 255 by which a mask saved as JPEG may be off
+MASK_RINGING = 64  # grey levels of 255 by which a mask of an ensemble, saved as JPEG, may be off
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")  # of masks, which any program may have written
 
 
@@ -101,21 +104,23 @@ def _names(folder):
         raise InputError(f"--samples_dir: {folder} cannot be listed ({error.strerror}); make it readable") from None
 
 
-def read_scored_case(files, members, fit):
-    """One case to score: image [C, H, W] float in [0, 1], raters [m, H, W] bool, predictions [n, H, W] bool.
+def read_scored_case(files: CaseFiles, members: Sequence[Path], fit: str, readers: Readers | None = None
+                     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One case to score: image [C, H, W] float32 in [0, 1], raters [m, H, W] bool, predictions [n, H, W] bool.
 
     :param files: of the case, from find_cases; members: the files of its predictions; fit: what was done
         to images of another size when they were made, as for SegmentationCases.
+    :param readers: of the files (default: with the default values of their flags).
     :raises InputError: naming the case and file.
     """
-    name = files.name
-    predictions = [_read_mask(path, name) for path in members]
+    name, readers = files.name, readers or Readers()
+    predictions = [_read_mask(path, name, readers) for path in members]
     size = predictions[0].shape
     for path, mask in zip(members, predictions):
         if mask.shape != size:
             raise InputError(f"{name}: {path} is {mask.shape[1]} x {mask.shape[0]} pixels, but {members[0].name} is"
                              f" {size[1]} x {size[0]}")
-    image, raters = read_case(files)
+    image, raters, *_ = read_case(files, readers=readers)
     if image.shape[1:] != size:
         if fit == "error" or size[0] != size[1] or (fit == "crop" and size[0] > min(image.shape[1:])):
             remedy = "give --fit crop or --fit resize if it was sampled with that" if fit == "error" else \
@@ -123,19 +128,21 @@ def read_scored_case(files, members, fit):
             raise InputError(f"{name}: {members[0]} is {size[1]} x {size[0]} pixels, but its raters' masks are"
                              f" {image.shape[2]} x {image.shape[1]}; {remedy}")
         image, raters = fit_case(image, raters, size[0], fit, files.images[0])
-    return image / np.iinfo(image.dtype).max, raters, np.stack(predictions)
+    return scaling.to_unit(image), raters, np.stack(predictions)
 
 
-def _read_mask(path, case):
-    """[H, W] bool: 0 and one other value, or, in a JPEG, black and white with ringing."""
+def _read_mask(path, case, readers):
+    """[H, W] bool. In a picture of any kind: 0 and one other value, or, in a JPEG, black and white with ringing."""
+    if readers.name_of(path) not in (None, "pictures"):
+        return readers.read_mask(path)
     pixels = pictures.decode(path, FORMATS)
     if pixels.ndim == 3:
         pixels = pixels.max(axis=2)
     if path.suffix.lower() in (".jpg", ".jpeg"):
-        if 0 < pixels.max() <= JPEG_RINGING:
+        if 0 < pixels.max() <= MASK_RINGING:
             raise InputError(f"{case}: {path} is black but for values up to {pixels.max()}; write JPEG masks as 0 and"
                              f" 255")
-        pixels = np.where(pixels <= JPEG_RINGING, 0, np.where(pixels >= 255 - JPEG_RINGING, 255, pixels))
+        pixels = np.where(pixels <= MASK_RINGING, 0, np.where(pixels >= 255 - MASK_RINGING, 255, pixels))
     values = np.unique(pixels[pixels > 0])
     if len(values) > 1:
         raise InputError(f"{case}: {path} is no binary mask: it holds the values {', '.join(map(str, values[:3]))}"

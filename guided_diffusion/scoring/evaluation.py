@@ -1,13 +1,14 @@
 """Scoring ensembles against raters over a whole set of cases: intervals, tables, files."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +16,13 @@ import torch
 from .. import dist_util, metrics
 from ..draw import montage
 from ..draw.report import page, pictures
-from ..flags import parse_numbers
+from ..draw.scored import ALL, BACKGROUND, MODEL, RATERS, ScoredCase, ensemble_sizes
 from ..sampling.files import writing
-from ..system import storage, terminal
+from ..system import packages, storage, terminal
 from ..system.errors import InputError
+from ..system.flag import parse_numbers
 
-MODEL, RATERS, BACKGROUND = "model", "resampled raters", "all background"
-SHOWN = 4  # cases in best.png and in worst.png
-
-
-class _Row(NamedTuple):
-    """One scored case."""
-
-    case: str
-    raters: int
-    members: int
-    scores: dict  # (predictor, "all" or size of sub-ensembles) -> [S], in the order of metrics.SCORES
-    calibration: np.ndarray  # [3, bins]
-    pictures: dict  # of report.pictures
+EXTREMES = 4  # cases in best.png and in worst.png
 
 
 class Evaluation:
@@ -44,53 +34,65 @@ class Evaluation:
     :param seed: of the resampled raters, which follow from (seed, case name) alone.
     :param patient_pattern: see metrics.patient_of.
     :param device: where to count.
-    :raises InputError: if scipy or matplotlib are missing.
+    :param options: values of the scores' own flags, by name, see metrics.scores; other names are passed over.
+    :raises InputError: for a pattern that is no regular expression, or a score that fails on empty masks.
     """
 
-    def __init__(self, sizes=(), seed=0, patient_pattern=r"\D*\d+", device="cpu"):
-        missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise InputError(f"scoring needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    def __init__(self, sizes: Iterable[int] = (), seed: int = 0, patient_pattern: str = metrics.PATIENT_PATTERN,
+                 device: str | torch.device = "cpu", options: Mapping[str, Any] = MappingProxyType({})):
         try:
             re.compile(patient_pattern)
         except re.error as error:
             raise InputError(f"--patient_pattern {patient_pattern}: is no regular expression ({error})") from None
         self.sizes, self.seed, self.patient_pattern, self.device = tuple(sizes), seed, patient_pattern, device
-        self.rows, self.shown = [], []
+        self.options = options
+        self.rows: list[ScoredCase] = []
+        self.shown: list[tuple] = []  # (GED, name, image, raters, predictions) of the best and the worst, best first
+        empty = torch.zeros(1, 1, 64, 64, dtype=torch.bool, device=device)
+        metrics.scores(empty, empty, options)  # rather now than after hours of drawing
 
-    def add(self, name, image, raters, predictions):
-        """Score one case: image [C, H, W] in [0, 1], raters [m, H, W] and predictions [n, H, W] bool arrays."""
+    def add(self, name: str, image: np.ndarray, raters: np.ndarray, predictions: np.ndarray) -> None:
+        """Score one case: image [C, H, W] in [0, 1], raters [m, H, W] and predictions [n, H, W] bool arrays.
+
+        :raises InputError: if a score fails, see metrics.scores.
+        """
         n, m = len(predictions), len(raters)
         draws = np.random.default_rng([self.seed, *os.fsencode(name)]).integers(m, size=n)
         p, y = (torch.from_numpy(np.ascontiguousarray(masks)).to(self.device) for masks in (predictions, raters))
         table = {}
         for predictor, masks in ((MODEL, p), (RATERS, y[torch.from_numpy(draws).to(y.device)])):
-            table[predictor, "all"] = _as_row(metrics.scores(masks, y))
+            table[predictor, ALL] = self._scores(masks, y)
             for size in self.sizes:
                 if size <= n:
                     groups = masks[:n // size * size].unflatten(0, (-1, size))  # [groups, size, H, W]
-                    table[predictor, str(size)] = _as_row(metrics.scores(groups, y)).mean(0)
-        table[BACKGROUND, "all"] = _as_row(metrics.scores(torch.zeros_like(y[:1]), y))
+                    table[predictor, str(size)] = self._scores(groups, y).mean(0)
+        table[BACKGROUND, ALL] = self._scores(torch.zeros_like(y[:1]), y)
         calibration = metrics.Agreement(p, y).calibration().cpu().numpy()
-        self.rows.append(_Row(name, m, n, table, calibration, pictures(image, raters, predictions)))
-        self.shown = _extremes([*self.shown, (float(table[MODEL, "all"][0]), name, image, raters, predictions)])
+        case = ScoredCase(name, m, n, table, calibration, pictures(image, raters, predictions))
+        self.rows.append(case)
+        self.shown = _best_and_worst([*self.shown, (case.score("GED"), name, image, raters, predictions)])
 
-    def gather(self):
+    def _scores(self, predictions, raters):
+        """[..., S], in the order of SCORES."""
+        return torch.stack(list(metrics.scores(predictions, raters, self.options).values()), -1).cpu().numpy()
+
+    def gather(self) -> None:
         """Bring together what all ranks scored, on every rank, in the order of names."""
         rows = [(*row[:3], {key: torch.from_numpy(values) for key, values in row.scores.items()},
                  torch.from_numpy(row.calibration), row.pictures) for row in self.rows]
         shown = [(*case[:2], *map(torch.from_numpy, case[2:])) for case in self.shown]
         parts = dist_util.all_gather_objects((rows, shown))
-        rows = [_Row(*row, {key: values.numpy() for key, values in scores.items()}, calibration.numpy(), pictures)
+        rows = [ScoredCase(*row, {key: values.numpy() for key, values in scores.items()}, calibration.numpy(), pictures)
                 for rows, _ in parts for *row, scores, calibration, pictures in rows]
         self.rows = sorted(rows, key=lambda row: row.case)
-        self.shown = _extremes((*case[:2], *(tensor.numpy() for tensor in case[2:]))
-                               for _, shown in parts for case in shown)
+        self.shown = _best_and_worst((*case[:2], *(tensor.numpy() for tensor in case[2:]))
+                                     for _, shown in parts for case in shown)
 
-    def patients(self):
+    def patients(self) -> list[str]:
+        """The patient of each row."""
         return [metrics.patient_of(row.case, self.patient_pattern) for row in self.rows]
 
-    def summary(self):
+    def summary(self) -> dict[str, Any]:
         """All of it as JSON takes it: {"all": {"GED": {"mean", "low", "high"}, ...}, "4": ..., "references": ...}.
 
         Sub-ensembles that some case has too few members for are left out. low and high bound the 95 % bootstrap
@@ -116,50 +118,57 @@ class Evaluation:
                         ("raters", [row.raters for row in self.rows]))}}
         return summary
 
-    def write(self, folder):
+    def write(self, folder: str | Path) -> dict[str, Any]:
         """Write scores.csv, scores.json, scores.png, best.png, worst.png and report.html; returns the summary.
+
+        Without matplotlib there is no scores.png, and no figure in report.html; one of earlier scores is removed.
 
         :raises InputError: if a file cannot be written.
         """
-        from ..draw.plots import score_figure
-
         summary = self.summary()
+        figure = None
+        if packages.is_installed("matplotlib"):
+            from ..draw.plots import score_figure
+
+            figure = score_figure(self.rows, self.patients(), summary)
         files = {"scores.csv": self._csv().encode(), "scores.json": (json.dumps(summary, indent=1) + "\n").encode(),
-                 "scores.png": score_figure(self.rows, self.patients(), summary)}
-        for name, cases in (("best.png", self.shown[:SHOWN]), ("worst.png", self.shown[:-SHOWN - 1:-1])):
+                 "scores.png": figure}
+        for name, cases in (("best.png", self.shown[:EXTREMES]), ("worst.png", self.shown[:-EXTREMES - 1:-1])):
             pages = [montage.case_montage(case, image, raters, predictions, max_members=8)
                      for _, case, image, raters, predictions in cases]
             files[name] = montage.png(montage.stack(pages))
-        files["report.html"] = page(self.rows, self.patients(), counted(summary), score_rows(summary),
-                                    files["scores.png"])
+        files["report.html"] = page(self.rows, self.patients(), counted(summary), score_rows(summary), figure)
         for name, data in files.items():
             with writing(storage.join(folder, name)) as path:
-                storage.write_bytes(path, data)
+                if data is not None:
+                    storage.write_bytes(path, data)
+                elif storage.exists(path):
+                    storage.remove(path)
         return summary
 
     def _csv(self):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        sizes = sorted({size for row in self.rows for _, size in row.scores if size != "all"}, key=int)
+        sizes = ensemble_sizes(self.rows)
         names = [*metrics.SCORES, *(f"{name}_{size}" for size in sizes for name in metrics.SCORES)]
         writer.writerow(["case", "patient", "raters", "members", *names])
         nothing = [""] * len(metrics.SCORES)
         for row, patient in zip(self.rows, self.patients()):
-            values = [value for size in ("all", *sizes) for value in row.scores.get((MODEL, size), nothing)]
+            values = [value for size in (ALL, *sizes) for value in row.scores.get((MODEL, size), nothing)]
             writer.writerow([row.case, patient, row.raters, row.members, *values])
         return text.getvalue()
 
 
-def score_table(summary):
+def score_table(summary: Mapping[str, Any]) -> str:
     """The tables of score_rows in Markdown."""
     return "\n\n".join(map(markdown, score_rows(summary)))
 
 
-def score_rows(summary):
+def score_rows(summary: Mapping[str, Any]) -> list[list[list[str]]]:
     """The summary as tables, each a list of rows of words: every score with its interval beside the references', and
     the means of sub-ensembles if there are any."""
     references = summary["references"]
-    columns = {"model": summary["all"], **{name: references[name]["all"] for name in references}}
+    columns = {MODEL: summary[ALL], **{name: references[name][ALL] for name in references}}
     rows = [["score", *columns]] + [[name, *(cell(scores[name]) for scores in columns.values())]
                                     for name in metrics.SCORES]
     tables = [rows]
@@ -174,7 +183,7 @@ def score_rows(summary):
     return tables
 
 
-def counted(summary):
+def counted(summary: Mapping[str, Any]) -> str:
     """How many cases, patients, masks and raters were scored, in words."""
     def span(kind):
         low, high = summary[kind]
@@ -184,50 +193,48 @@ def counted(summary):
             f" {span('raters')} raters a case")
 
 
-def report(summary, folder):
+def report(summary: Mapping[str, Any], folder: str | Path) -> str:
     """What to print at the end: what was scored, the tables, the files, and how to look at them."""
+    charts = packages.is_installed("matplotlib")
     files = [(what, storage.join(folder, name)) for what, name in (
         ("all cases, to look at", "report.html"), ("those of lowest GED", "best.png"),
-        ("those of highest GED", "worst.png"), ("charts", "scores.png"), ("every score", "scores.csv"),
+        ("those of highest GED", "worst.png"), *[("charts", "scores.png")] * charts, ("every score", "scores.csv"),
         ("means and intervals", "scores.json"))]
     to_open = () if storage.is_remote(folder) else (
         "python", "-m", "webbrowser", Path(files[0][1]).absolute().as_uri())
-    return (f"{counted(summary)}; mean [95 % interval over patients]\n\n{score_table(summary)}\n\n"
+    left_out = "" if charts else f"no charts in {folder}: {packages.missing('scores.png', 'matplotlib')}\n\n"
+    return (f"{counted(summary)}; mean [95 % interval over patients]\n\n{score_table(summary)}\n\n{left_out}"
             f"{terminal.summary('scores written', files, to_open)}")
 
 
-def cell(score):
+def cell(score: Mapping[str, float | None]) -> str:
     """{"mean", "low", "high"} -> "0.123 [0.100, 0.150]"."""
     interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
     return f"{score['mean']:.3f}{interval}"
 
 
-def markdown(rows):
+def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Rows of words, the head first, as a table in Markdown."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(word.ljust(width) for word, width in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def _as_row(scores):
-    return torch.stack(list(scores.values()), -1).cpu().numpy()
-
-
-def _extremes(cases):
-    """The SHOWN best and the SHOWN worst, best first."""
+def _best_and_worst(cases):
+    """The EXTREMES best and as many worst, best first."""
     cases = sorted(cases, key=lambda case: case[:2])
-    return cases if len(cases) <= 2 * SHOWN else cases[:SHOWN] + cases[-SHOWN:]
+    return cases if len(cases) <= 2 * EXTREMES else cases[:EXTREMES] + cases[-EXTREMES:]
 
 
 def _number(value):
     return None if np.isnan(value) else float(value)
 
 
-def sub_ensemble_sizes(text, fewest, required=True):
-    """The numbers of --num_samples, of ensembles of `fewest` masks or more; larger ones are refused if they were
+def parse_ensemble_sizes(text: str, fewest: int, required: bool = True) -> list[int]:
+    """The numbers of --ensemble_sizes, of ensembles of `fewest` masks or more; larger ones are refused if they were
     required, else left out."""
-    sizes = parse_numbers(int, text, "num_samples")
+    sizes = parse_numbers(int, text, "ensemble_sizes")
     if any(size < 1 or (required and size > fewest) for size in sizes):
-        raise InputError(f"--num_samples {text}: sizes of sub-ensembles go from 1 to {fewest}, the fewest masks that a"
-                         f" case has")
+        raise InputError(f"--ensemble_sizes {text}: sizes of sub-ensembles go from 1 to {fewest}, the fewest masks that"
+                         f" a case has")
     return [size for size in sizes if size <= fewest]

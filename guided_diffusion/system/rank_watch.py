@@ -16,6 +16,8 @@ import threading
 import time
 from multiprocessing.connection import wait
 
+from .terminal import program_name
+
 # set by launchers that outlive their processes: torchrun, Open MPI, MPICH and its kin
 _LAUNCHED = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 PARENT = os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
@@ -142,7 +144,7 @@ class RankWatch:
     def _end(self, fault):
         """End this process and, through rank 0, all others."""
         if fault and self.rank <= 1:  # what the others find by themselves is that rank 0 is gone, as rank 1 does
-            print(f"{sys.argv[0]}: error: {fault}. The run ends; the same command goes on from what is saved",
+            print(f"{program_name()}: error: {fault}. The run ends; the same command goes on from what is saved",
                   file=sys.stderr, flush=True)
         self._tell({"fault": ""})
         self.found.set()

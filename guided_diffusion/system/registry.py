@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 class Registry(Mapping):
     """A table of entries by name; reads as a dict of the registered functions or classes.
 
-    :param flag: the flag that chooses one, without dashes; for messages.
+    :param flag: the flag that chooses one, without dashes, or the word for an entry; for messages.
     :param package: the package whose modules are imported at the first look, so that they register themselves.
     """
 
@@ -52,7 +52,7 @@ class Registry(Mapping):
         def register(value):
             known = self._entries.get(name)
             if known and known.file != file:
-                raise InputError(f"--{self.flag} {name}: is in {known.file} and again in {file}; rename one")
+                raise InputError(f"{self.flag} {name}: is in {known.file} and again in {file}; rename one")
             self._entries[name] = Entry(value, help, tuple(flags), file)
             return value
 
@@ -123,6 +123,11 @@ def load_plugin(path: str) -> None:
         raise
     except Exception as error:
         del sys.modules[name]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else 0)
-        raise InputError(f"--plugin {path}: line {line}: {type(error).__name__}: {error}") from error
+        raise InputError(f"--plugin {path}: {place_of(error, str(file))}") from error
+
+
+def place_of(error: Exception, file: str) -> str:
+    """"line 3: ValueError: its message", of what was raised in or below the last line run in a file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else 0)
+    return f"line {line}: {type(error).__name__}: {error}"

@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+from . import packages
 from .errors import InputError
 
 
@@ -25,11 +26,7 @@ def folder_of(path):
 
 
 def _blobfile():
-    try:
-        import blobfile
-    except ImportError:
-        raise InputError("paths with :// need the package blobfile: pip install blobfile") from None
-    return blobfile
+    return packages.require("blobfile", "a path with ://")
 
 
 def exists(path):

@@ -1,6 +1,7 @@
 """What a person sees of a long run: how far it is, and at its end what was written where and what to do next."""
 
 import contextlib
+import os
 import shlex
 import sys
 from time import monotonic
@@ -8,6 +9,11 @@ from time import monotonic
 from tqdm import tqdm
 
 FIRST, RARELY = 10, 600  # seconds before the first line of a log, and the most between two
+
+
+def program_name() -> str:
+    """What this program is called, without the folder that it lies in."""
+    return os.path.basename(sys.argv[0]).removesuffix(".exe")
 
 
 def progress(iterable=None, desc="", total=None, unit="step", enabled=True, initial=0, leave=True):

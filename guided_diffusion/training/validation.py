@@ -1,50 +1,95 @@
 """What a network in training makes of a few fixed cases: ensembles to look at, and their scores."""
 
+import copy
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
+from torch import nn
 
 from .. import dist_util, logger, metrics
+from ..data.cases import Case, SegmentationCases
 from ..data.masks import to_masks
+from ..methods.base import Method
 from ..sampling.ensembles import EnsembleSampler, largest_batch
+from .callback import Callback, Stopped
 
 SHOWN = 4  # cases in the panel, and members of theirs
 SCORED = 16  # members that are scored
 SCORES = ("GED", "CI", "D_max")
 
 
-class Stopped(Exception):
-    """Drawing was broken off."""
+class Validation(Callback):
+    """Draws the same ensembles every `interval` steps and at the end: the noise of a member follows from the seed, the
+    case and its number alone.
 
-
-class Validation:
-    """Draws the same ensembles each time: the noise of a member follows from the seed, the case and its number alone.
-
-    :param cases: a SegmentationCases; of its cases, spread over all, `count` are drawn.
-    :param diffusion, sampler: the respaced process and one of samplers.SAMPLERS.
+    :param cases: of these, spread over all, `count` are drawn.
+    :param method: makes the method that draws, of a network.
     :param scored: whether to draw SCORED members a case and score them, rather than as many as are shown.
     """
 
-    def __init__(self, cases, diffusion, sampler, count=SHOWN, seed=0, scored=False):
-        self.diffusion, self.sampler, self.seed, self.scored = diffusion, sampler, seed, scored
+    def __init__(self, cases: SegmentationCases, method: Callable[[nn.Module], Method],
+                 dtype: torch.dtype | None = None, count: int = SHOWN, seed: int = 0, interval: int = 1000,
+                 scored: bool = False):
+        self.method, self.dtype, self.seed, self.interval, self.scored = method, dtype, seed, interval, scored
         self.members, self.name = (SCORED, "validation cases") if scored else (SHOWN, "training cases")
         places = np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int)
-        self.cases = [cases[i] for i in places]
+        self.cases: list[Case] = [cases[i] for i in places]
 
-    def draw(self, model, on_step=lambda *_: None):
+    def due(self, loop) -> bool:
+        """Whether the cases are drawn behind this step."""
+        return loop.step == loop.end or loop.step % self.interval == 0
+
+    def overdue(self, loop):
+        """Whether a signal broke off the drawing behind this step, where the run resumes: its line is not logged."""
+        logged, waiting = dist_util.all_gather_objects(
+            (any(row["step"] == loop.step for row in logger.history()), bool(loop.meter.sums)))[0]
+        if logged and loop.step % loop.settings.log_interval == 0:
+            loop.meter.restart()  # the line was made up for, and the checkpoint after it lost
+        return self.due(loop) and waiting and not logged
+
+    def scores(self, loop):
+        if not self.due(loop):
+            return {}
+        start = time.perf_counter()
+        rate, averaged = loop.rate_to_use()
+        words = f"weights averaged at the rate {rate}" if averaged else "present weights"
+        steps = itertools.count(1)
+
+        def on_step(*_):
+            if loop.signals.received:
+                raise Stopped
+            loop.tell("doing", f"drawing the validation cases at step {loop.step}", within=[next(steps)])
+
+        def method():
+            network = copy.deepcopy(loop.ema[rate])
+            if not averaged:
+                network.load_state_dict(loop.method.model.state_dict())
+            return self.method(network).prepare(self.dtype)
+
+        masks = self.draw(method, on_step)
+        loop.tell("doing", f"in step {loop.step}")
+        loop.meter.since += time.perf_counter() - start  # the speed is that of training
+        if masks is None:
+            return {}
+        loop.tell("drawn", self.cases, masks, f"{self.name} at step {loop.step}, {words}")
+        return self.means(masks)
+
+    def draw(self, method: Callable[[], Method], on_step: Callable = lambda *_: None) -> list[np.ndarray] | None:
         """Draw the ensembles, shared among all ranks.
 
-        :param model: a function that returns the U-Net in evaluation mode, on its device, see
-            UNetModel.convert_for_sampling.
+        :param method: returns a method that is ready to draw, on its device.
         :param on_step: as in EnsembleSampler.draw; may raise Stopped.
         :returns: masks, a list of [n, H, W] bool a case, or None on every rank if one has no memory left for it.
         :raises Stopped: on every rank, if one was stopped.
         """
         mine = self.cases[dist_util.rank()::dist_util.world_size()]
         try:
-            network = model()
-            largest = largest_batch(next(network.parameters()).device, mine[0].image.shape[-1] if mine else 1)
-            sampler = EnsembleSampler(network, self.diffusion, batch_size=min(32, largest), seed=self.seed,
-                                      sampler=self.sampler)
+            drawer = method()
+            largest = largest_batch(dist_util.device_of(drawer), mine[0].image.shape[-1] if mine else 1)
+            sampler = EnsembleSampler(drawer, batch_size=min(32, largest), seed=self.seed)
             drawn = sampler.ensembles(mine, self.members, on_step)
             masks = [torch.from_numpy(to_masks(samples)) for _, samples in drawn]
         except Stopped:
@@ -60,10 +105,10 @@ class Validation:
             return None
         return [shares[i % len(shares)][i // len(shares)].numpy() for i in range(len(self.cases))]
 
-    def scores(self, masks):
-        """Means over the cases, {"val_GED_16": ..., ...}, if they are to be scored."""
+    def means(self, masks: Sequence[np.ndarray]) -> dict[str, float]:
+        """Mean scores over the cases, {"val_GED_16": ..., ...}, if they are to be scored."""
         if not self.scored:
             return {}
-        pairs = [metrics.Agreement(drawn, case.masks) for drawn, case in zip(masks, self.cases)]
+        pairs = [metrics.Agreement(drawn, case.raters) for drawn, case in zip(masks, self.cases)]
         return {f"val_{name}_{self.members}": float(np.mean([metrics.SCORES[name](pair) for pair in pairs]))
                 for name in SCORES}

@@ -1,45 +1,54 @@
 """What a training loop keeps an eye on: its losses, the steps that went wrong, and signals to stop."""
 
 import contextlib
+import operator
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from .. import dist_util, logger
+from ..data.stream import ShuffledCases
+from ..methods.base import Losses
 from ..system.errors import InputError
+from .callback import Callback
 
 
 class Meter:
-    """Means of the losses since the last reading, over all ranks, also by quartile of the timestep (_q0 .. _q3); of
+    """Means of the losses since the last reading, over all ranks, also by part (of the timesteps, say: _q0 .. _q3); of
     the examples whose losses are finite.
 
     Sums stay on the device; only reading waits for it.
+
+    :param parts: see Method.parts.
     """
 
-    def __init__(self, num_timesteps, device):
-        self.num_timesteps, self.device = num_timesteps, device
+    def __init__(self, parts: Sequence[str], device: torch.device):
+        self.parts, self.device = tuple(parts), device
         self.restart()
 
-    def restart(self):
+    def restart(self) -> None:
         self.sums, self.examples = {}, 0
         self.norms = torch.zeros(2, device=self.device)  # sum of the gradient's norm, and the steps it is of
-        self.counts = torch.zeros(4, device=self.device)
+        self.counts = torch.zeros(max(1, len(self.parts)), device=self.device)
         self.start_clock()
 
-    def start_clock(self):
+    def start_clock(self) -> None:
         self.since, self.waited = time.perf_counter(), 0.0  # waited: for data
 
-    def add(self, t, losses):
-        quartile = t * 4 // self.num_timesteps
-        finite = torch.stack(list(losses.values())).isfinite().all(0)
-        self.counts.index_add_(0, quartile, finite.float())
-        for name, values in losses.items():
-            total = self.sums.setdefault(name, torch.zeros(4, device=self.device))
-            total.index_add_(0, quartile, values.float().where(finite, 0))
-        self.examples += len(t)
+    def add(self, losses: Losses) -> None:
+        """Count the weighted losses of a batch."""
+        terms = {name: (value * losses.weights).detach() for name, value in losses.terms.items()}
+        finite = torch.stack(list(terms.values())).isfinite().all(0)
+        part = torch.zeros(len(finite), dtype=torch.long, device=self.device) if losses.part is None else losses.part
+        self.counts.index_add_(0, part, finite.float())
+        for name, values in terms.items():
+            total = self.sums.setdefault(name, torch.zeros_like(self.counts))
+            total.index_add_(0, part, values.float().where(finite, 0))
+        self.examples += len(finite)
 
     def add_norm(self, norm):
         """The norm of a step's gradient, the same on every rank; left out if it is not finite."""
@@ -59,8 +68,8 @@ class Meter:
                 self.norms = state["norms"].to(self.device).reshape(2)
             if dist_util.rank() == (rank if alike else 0):
                 for name, total in state["sums"].items():
-                    self.sums[name] = self.sums.get(name, 0) + total.to(self.device).reshape(4)
-                self.counts = self.counts + state["counts"].to(self.device).reshape(4)
+                    self.sums[name] = self.sums.get(name, 0) + total.to(self.device).reshape(self.counts.shape)
+                self.counts = self.counts + state["counts"].to(self.device).reshape(self.counts.shape)
 
     def read(self, restart=True):
         """A dict of floats; starts anew, unless told to go on."""
@@ -72,7 +81,7 @@ class Meter:
         values = {"grad_norm": norm / steps} if steps else {}
         for name, total in zip(self.sums, sums):
             values[name] = sum(total) / max(sum(counts), 1)
-            values.update({f"{name}_q{i}": s / n for i, (s, n) in enumerate(zip(total, counts)) if n})
+            values.update({f"{name}_{part}": s / n for part, s, n in zip(self.parts, total, counts) if n})
         seconds = time.perf_counter() - self.since
         if self.examples:
             values["images_per_second"] = self.examples * dist_util.world_size() / max(seconds, 1e-9)
@@ -119,44 +128,64 @@ class SignalsNoted(contextlib.AbstractContextManager):
                 print("\nfinishing this step, then saving; once more to leave without saving", flush=True)
 
 
-class BadSteps:
+class Later:
+    """A bool of the device, the same on every rank, whose value is asked for a step later: no device is waited for."""
+
+    def __init__(self, value: torch.Tensor):
+        self.value, self.arrived = value, None
+        if value.is_cuda:  # only a copy into pinned memory does not wait for the device
+            self.value, self.arrived = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+            self.value.copy_(value, non_blocking=True)
+            self.arrived.record()
+
+    def __bool__(self):
+        if self.arrived:
+            self.arrived.synchronize()
+        return bool(self.value)
+
+
+class BadSteps(Callback):
     """Counts the steps whose gradient was not finite, names what they saw, and gives up after too many in a row.
 
-    A step is looked at during the one after it, when its result has long arrived: no device is waited for.
+    A step is looked at during the one after it, when its result has long arrived.
     """
 
-    def __init__(self, most_in_a_row):
+    def __init__(self, most_in_a_row: int):
         self.most_in_a_row, self.count, self.in_a_row = most_in_a_row, 0, 0
         self.noted = None
 
-    def note(self, bad, step, position, t, losses):
-        """Look at this step in the next `check`: bad a bool tensor, the same on every rank; position, t, losses: [N],
-        of this rank's examples."""
-        arrived = None
-        here = bad
-        if bad.is_cuda:  # only a copy into pinned memory does not wait for the device
-            here, arrived = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
-            here.copy_(bad, non_blocking=True)
-            arrived.record()
-        self.noted = here, arrived, step, position, t, losses
+    def stepped(self, loop, batch, losses, bad):
+        self.check(loop.data)
+        self.noted = bad, loop.step + 1, batch.places, losses
 
-    def check(self, data):
-        """Log the step noted before, if it was bad; `data` is the ShuffledCases that its examples came from.
+    def figures(self, loop):
+        self.check(loop.data)
+        return {"bad_steps": self.count}
+
+    def state(self, loop):
+        self.check(loop.data)
+        return {"bad_steps": [self.count, self.in_a_row]}
+
+    def load_state(self, state):
+        self.count, self.in_a_row = map(operator.index, state.get("bad_steps", (0, 0)))
+
+    def check(self, data: ShuffledCases) -> None:
+        """Log the step noted before, if it was bad; `data` is where its examples came from.
 
         :raises InputError: on every rank, if that was one too many.
         """
         if self.noted is None:
             return
-        (bad, arrived, step, position, t, losses), self.noted = self.noted, None
-        if arrived:
-            arrived.synchronize()
-        if not bad.item():
+        (bad, step, places, losses), self.noted = self.noted, None
+        if not bad:
             self.in_a_row = 0
             return
         self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
-        finite = losses.isfinite().tolist()
-        seen = [f"{data.case_name(place)} at timestep {step_t} on rank {dist_util.rank()}"
-                for place, step_t, fine in zip(position, t.tolist(), finite) if not fine]
+        finite = losses.terms["loss"].isfinite().tolist()
+        details = [" ".join(f"at {name} {values[i]} " for name, values in losses.seen.items())
+                   for i in range(len(places))]
+        seen = [f"{data.case_name(place)} {detail}on rank {dist_util.rank()}"
+                for place, detail, fine in zip(places, details, finite) if not fine]
         seen = sum(dist_util.all_gather_objects(seen), [])
         what = f"the loss is not finite for {', '.join(seen)}" if seen else "the gradient is not finite"
         logger.log(f"step {step} is skipped: {what}")
@@ -164,3 +193,17 @@ class BadSteps:
             raise InputError(f"gave up at step {step}, the last of {self.in_a_row} in a row without a finite gradient:"
                              f" {what}. The checkpoints are as they were; go on from one with a smaller --lr, with"
                              f" --grad_clip 1, or with --use_bf16 instead of --use_fp16", on_every_rank=True)
+
+
+class RanksWatched(Callback):
+    """Tells the other ranks how far this one is; within a step, all do the same things in the same order."""
+
+    def __init__(self):
+        self.places = 0
+
+    def doing(self, loop, words, within=()):
+        self.places += not within
+        dist_util.at((loop.step, self.places, *within), words)
+
+    def end(self, loop):
+        dist_util.at(None)  # the last checkpoint may take its time

@@ -44,7 +44,7 @@ def as_label(mask):
 
 
 def same(a, b):
-    return a.name == b.name and np.array_equal(a.image, b.image) and np.array_equal(a.masks, b.masks)
+    return a.name == b.name and np.array_equal(a.image, b.image) and np.array_equal(a.raters, b.raters)
 
 
 # ---- the layout ----
@@ -57,8 +57,8 @@ def test_published_layout_is_read(tmp_path, grey, disc):
     assert case.name == "0001"
     assert case.image.shape == (4, SIZE, SIZE) and case.image.dtype == np.float32
     assert np.abs(case.image - grey / 255).max() < 0.05 and (case.image == case.image[:1]).all()
-    assert case.masks.dtype == bool and case.masks.shape == (4, SIZE, SIZE)
-    for rater, mask in enumerate(case.masks):
+    assert case.raters.dtype == bool and case.raters.shape == (4, SIZE, SIZE)
+    for rater, mask in enumerate(case.raters):
         assert np.array_equal(mask, np.roll(disc, rater, 0))
 
 
@@ -69,7 +69,7 @@ def test_foreground_of_a_jpeg_label_is_what_lies_above_half_of_full_scale(tmp_pa
     stored = np.asarray(Image.open(path))
     ringing = (stored > 0) & (stored < 128)
     assert ringing.sum() > 10 and stored[ringing].min() <= 20 and stored.max() > 200  # the file does ring
-    mask = SegmentationCases(tmp_path, SIZE)[0].masks[0]
+    mask = SegmentationCases(tmp_path, SIZE)[0].raters[0]
     assert np.array_equal(mask, stored > 127) and np.array_equal(mask, disc)
 
 
@@ -79,7 +79,7 @@ def test_threshold_is_exactly_half_of_full_scale(tmp_path, grey, top, full):
     label[3, 4] = full // 2 + 1
     save(tmp_path / "a" / "image_1.png", grey)
     save(tmp_path / "a" / "label0_.png", label)
-    assert np.argwhere(SegmentationCases(tmp_path, SIZE)[0].masks[0]).tolist() == [[3, 4]]
+    assert np.argwhere(SegmentationCases(tmp_path, SIZE)[0].raters[0]).tolist() == [[3, 4]]
 
 
 def test_png_scan_is_read_exactly(tmp_path, grey, disc):
@@ -109,7 +109,7 @@ def test_pictures_of_every_mode_are_read_alike(tmp_path, disc, mode, value):
     save(tmp_path / "a" / "label0_.png", picture)
     case = SegmentationCases(tmp_path, SIZE)[0]
     assert np.array_equal(case.image, np.repeat(disc[None].astype(np.float32), 4, 0))
-    assert np.array_equal(case.masks, disc[None])
+    assert np.array_equal(case.raters, disc[None])
 
 
 def test_label_painted_in_one_colour_counts(tmp_path, grey, disc):
@@ -117,7 +117,7 @@ def test_label_painted_in_one_colour_counts(tmp_path, grey, disc):
     colours[disc, 0] = 255
     save(tmp_path / "a" / "image_1.png", grey)
     save(tmp_path / "a" / "label0_.png", Image.fromarray(colours).quantize())
-    assert np.array_equal(SegmentationCases(tmp_path, SIZE)[0].masks[0], disc)
+    assert np.array_equal(SegmentationCases(tmp_path, SIZE)[0].raters[0], disc)
 
 
 def test_colour_scan_has_three_channels(tmp_path, disc):
@@ -134,7 +134,7 @@ def test_suffix_and_kind_may_be_upper_case(tmp_path, grey, disc):
     save(tmp_path / "a" / "Image_1.JPG", grey, format="JPEG")
     save(tmp_path / "a" / "LABEL0_.PNG", as_label(disc), format="PNG")
     save(tmp_path / "a" / "label1_.jpeg", as_label(~disc), format="JPEG", quality=95)
-    masks = SegmentationCases(tmp_path, SIZE)[0].masks
+    masks = SegmentationCases(tmp_path, SIZE)[0].raters
     assert np.array_equal(masks, [disc, ~disc])
 
 
@@ -145,7 +145,7 @@ def test_label2_comes_before_label10(tmp_path, grey):
         mask = np.zeros((SIZE, SIZE), bool)
         mask[number] = True
         save(tmp_path / "a" / f"label{number}_.png", as_label(mask))
-    masks = SegmentationCases(tmp_path, SIZE)[0].masks
+    masks = SegmentationCases(tmp_path, SIZE)[0].raters
     assert [int(mask.any(1).argmax()) for mask in masks] == order
 
 
@@ -184,12 +184,12 @@ def test_number_of_channels_of_the_files_must_fit(tmp_path, grey, disc):
 @pytest.mark.parametrize("raters", [1, 2, 3, 4, 5])
 def test_any_number_of_raters(make_cases, tmp_path, raters):
     cases = SegmentationCases(make_cases(tmp_path, 1, raters), SIZE)
-    assert cases[0].masks.shape == (raters, SIZE, SIZE)
+    assert cases[0].raters.shape == (raters, SIZE, SIZE)
 
 
 def test_cases_may_differ_in_their_number_of_raters(make_cases, tmp_path):
     cases = SegmentationCases(make_cases(tmp_path, 3, raters=[1, 4, 2]), SIZE)
-    assert [len(case.masks) for case in cases] == [1, 4, 2]
+    assert [len(case.raters) for case in cases] == [1, 4, 2]
 
 
 def test_nested_cases_are_named_by_their_path(make_cases, tmp_path):
@@ -227,7 +227,7 @@ def test_hidden_and_other_files_are_ignored(make_cases, tmp_path, grey):
     save(tmp_path / ".thumbnails" / "image_1.png", grey[:3])
     (tmp_path / "README.txt").write_text("about")
     case, = SegmentationCases(tmp_path, SIZE)
-    assert case.masks.shape == (2, SIZE, SIZE)
+    assert case.raters.shape == (2, SIZE, SIZE)
 
 
 def test_empty_masks_are_fine(tmp_path, grey):
@@ -237,7 +237,7 @@ def test_empty_masks_are_fine(tmp_path, grey):
     save(tmp_path / "a" / "label1_.jpg", nothing)
     nothing[4, 4] = 12  # ringing that an editor left behind
     save(tmp_path / "a" / "label2_.jpg", nothing, quality=100)
-    assert not SegmentationCases(tmp_path, SIZE)[0].masks.any()
+    assert not SegmentationCases(tmp_path, SIZE)[0].raters.any()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -266,7 +266,7 @@ def test_crop_takes_the_central_square_of_image_and_masks(tmp_path):
     save(tmp_path / "a" / "label0_.png", as_label(label))
     case = SegmentationCases(tmp_path, SIZE, fit="crop")[0]
     np.testing.assert_allclose(case.image[0], image[2:18, 7:23] / 255, atol=1e-7)
-    assert np.array_equal(case.masks[0], label[2:18, 7:23])
+    assert np.array_equal(case.raters[0], label[2:18, 7:23])
 
 
 def test_cropped_images_in_memory_do_not_hold_the_whole_picture(make_cases, tmp_path):
@@ -294,7 +294,7 @@ def test_resize_scales_image_and_masks_to_the_square(tmp_path, dtype, shape):
     case = SegmentationCases(tmp_path, SIZE, image_channels=1, fit="resize")[0]
     assert case.image.shape == (1, SIZE, SIZE)
     assert np.abs(case.image[0] - np.linspace(0, 1, SIZE)).max() < 0.08
-    assert np.array_equal(case.masks[0], np.repeat(np.arange(SIZE) >= 8, SIZE).reshape(SIZE, SIZE))
+    assert np.array_equal(case.raters[0], np.repeat(np.arange(SIZE) >= 8, SIZE).reshape(SIZE, SIZE))
 
 
 def test_two_files_of_one_rater_are_refused_by_name(make_cases, tmp_path):
@@ -308,7 +308,7 @@ def test_resize_fits_every_channel_and_cases_without_labels(tmp_path):
     save(tmp_path / "a" / "image_1.png", np.full((40, 40, 3), (10, 20, 30), np.uint8))
     case = SegmentationCases(tmp_path, SIZE, 3, fit="resize", need_labels=False)[0]
     np.testing.assert_allclose(case.image[:, 5, 5] * 255, [10, 20, 30], atol=1e-4)
-    assert case.masks.shape == (0, SIZE, SIZE)
+    assert case.raters.shape == (0, SIZE, SIZE)
 
 
 def test_unknown_fit_is_refused(make_cases, tmp_path):
@@ -320,7 +320,7 @@ def test_unknown_fit_is_refused(make_cases, tmp_path):
 def test_labels_are_optional_only_where_they_are_not_needed(make_cases, tmp_path):
     make_cases(tmp_path, 2, raters=[0, 2])
     cases = SegmentationCases(tmp_path, SIZE, need_labels=False)
-    assert [case.masks.shape for case in cases] == [(0, SIZE, SIZE), (2, SIZE, SIZE)]
+    assert [case.raters.shape for case in cases] == [(0, SIZE, SIZE), (2, SIZE, SIZE)]
     message = problems_of(tmp_path, SIZE)
     assert "case0" in message and "no labels" in message and "case1" not in message
 
@@ -422,7 +422,7 @@ def decoded_names(monkeypatch):
     """The names of the cases that are decoded, one after another."""
     names, original = [], data_cases.read_case
     monkeypatch.setattr(data_cases, "read_case",
-                        lambda files, *args: names.append(files.name) or original(files, *args))
+                        lambda files, **args: names.append(files.name) or original(files, **args))
     return names
 
 
@@ -580,16 +580,32 @@ def test_other_settings_are_decoded_afresh(make_cases, tmp_path, open_large):
     make_cases(tmp_path, 10, raters=2, size=20)
     settings = dict(image_size=SIZE, image_channels=4, fit="crop", need_labels=True, limit=0)
     for name, value in (("limit", 0), ("limit", 9), ("image_size", 15), ("image_channels", 1), ("fit", "resize"),
-                        ("need_labels", False), ("limit", 0)):
+                        ("limit", 0)):
         for changed in ({**settings, name: value}, settings):
             cases = open_large(tmp_path, **changed)
             assert isinstance(cases.decoded, DecodedFile)
             assert_same_cases(cases, SegmentationCases(tmp_path, **changed))
+
+
+def test_runs_that_need_labels_and_those_that_do_not_share_one_file(make_cases, tmp_path, open_large, decoded_names):
+    make_cases(tmp_path, 10, raters=2)
     for label in (tmp_path / "case4").glob("label*"):
         label.unlink()
-    assert [len(case.masks) for case in open_large(tmp_path, **{**settings, "need_labels": False})][4] == 0
+    path = tmp_path / f".decoded_{SIZE}_error"
     with pytest.raises(InputError, match="case4: no labels"):
-        open_large(tmp_path, **settings)
+        open_large(tmp_path, SIZE)
+    assert [len(case.raters) for case in open_large(tmp_path, SIZE, need_labels=False)] == [2] * 4 + [0] + [2] * 5
+    whole = path.read_bytes()
+    decoded_names.clear()
+    with pytest.raises(InputError, match="^[^\\n]*case4: no labels[^\\n]*$"):
+        open_large(tmp_path, SIZE)
+    scored = open_large(tmp_path, SIZE, skip_bad=True)
+    assert list(scored.problems) == [4] and len(list(scored.readable(range(10)))) == 9
+    assert len(decoded_names) == 2 * 5 and path.read_bytes() == whole  # the samples that tell how large cases are
+    shutil.rmtree(tmp_path / "case4")
+    open_large(tmp_path, SIZE)
+    decoded_names.clear()
+    assert len(open_large(tmp_path, SIZE, need_labels=False)) == 9 and len(decoded_names) == 5
 
 
 def test_a_file_cut_off_or_of_rubbish_is_written_again(mixed, open_large):
@@ -645,14 +661,14 @@ import hashlib, sys
 from guided_diffusion.data import cases as data_cases
 
 reads, original = [], data_cases.read_case
-data_cases.read_case = lambda *args: reads.append(1) or original(*args)
+data_cases.read_case = lambda *args, **named: reads.append(1) or original(*args, **named)
 data_cases.MEMORY_BYTES = 0
 print("ready", flush=True)
 sys.stdin.readline()
 cases = data_cases.SegmentationCases(sys.argv[1], int(sys.argv[2]))
 digest = hashlib.sha256()
 for case in cases:
-    digest.update(case.name.encode() + case.image.tobytes() + case.masks.tobytes())
+    digest.update(case.name.encode() + case.image.tobytes() + case.raters.tobytes())
 print(len(reads), digest.hexdigest(), cases.kept)
 """
 
@@ -660,7 +676,7 @@ print(len(reads), digest.hexdigest(), cases.kept)
 def test_processes_that_open_one_folder_at_once_share_one_file(mixed, environment):
     digest = hashlib.sha256()
     for case in SegmentationCases(mixed, SIZE):
-        digest.update(case.name.encode() + case.image.tobytes() + case.masks.tobytes())
+        digest.update(case.name.encode() + case.image.tobytes() + case.raters.tobytes())
     workers = [subprocess.Popen([sys.executable, "-c", OPEN, str(mixed), str(SIZE)], stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
     assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 3
@@ -682,7 +698,7 @@ def test_nothing_written_to_an_item_reaches_the_file(mixed, open_large):
             part[...] = 1
     case = cases[3]
     case.image[...] = 0.5
-    case.masks[...] = True
+    case.raters[...] = True
     for tensor in next(ShuffledCases(cases).batches(11))[:2]:
         tensor.zero_()
     assert_same_cases(cases, expected)
@@ -695,17 +711,18 @@ def test_nothing_written_to_an_item_reaches_the_file(mixed, open_large):
 @pytest.mark.parametrize("batch_size", [1, 2, 11])
 def test_batches_as_floats_are_the_items(mixed, open_large, large, batch_size):
     cases = (open_large if large else SegmentationCases)(mixed, SIZE)
-    by_bytes = {case.masks[rater].tobytes(): (case, rater) for case in cases for rater in range(len(case.masks))}
+    by_image = {np.round(case.image * 65535).astype(np.uint16).tobytes(): case for case in cases}
     kinds, seen = set(), set()
-    for image, mask, positions in itertools.islice(ShuffledCases(cases, 2).batches(batch_size), 33 // batch_size):
-        kinds.add((image.dtype, image.shape[1]))
-        assert mask.dtype == torch.uint8 and mask.shape == (batch_size, 1, SIZE, SIZE) and mask.max() <= 1
-        image, mask = to_floats(image, mask, 4, torch.device("cpu"))
-        assert image.dtype == mask.dtype == torch.float32 and image.shape == (batch_size, 4, SIZE, SIZE)
-        for one, outline in zip(image, mask):
-            case, rater = by_bytes[outline[0].bool().numpy().tobytes()]
-            np.testing.assert_allclose(one, case.image, atol=1e-6)
-            assert np.array_equal(outline[0], case.masks[rater])
+    for batch in itertools.islice(ShuffledCases(cases, 2).batches(batch_size), 33 // batch_size):
+        kinds.add((batch.image.dtype, batch.image.shape[1]))
+        floats = to_floats(batch, 4, torch.device("cpu"))
+        assert floats.image.dtype == floats.masks.dtype == torch.float32 and batch.masks.dtype == torch.uint8
+        assert floats.image.shape == (batch_size, 4, SIZE, SIZE)
+        for image, masks, present in zip(floats.image, floats.masks, floats.present):
+            case = by_image[(image * 65535).round().numpy().astype(np.uint16).tobytes()]
+            np.testing.assert_allclose(image, case.image, atol=1e-6)
+            assert present.tolist() == [rater < len(case.raters) for rater in range(len(masks))]
+            assert np.array_equal(masks[present], case.raters) and not masks[~present].any()
             seen.add(case.name)
     assert len(seen) == 11 and len(kinds) == {1: 4, 2: len(kinds), 11: 1}[batch_size]
     assert (torch.uint16, 4) in kinds

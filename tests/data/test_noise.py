@@ -1,10 +1,10 @@
-"""The noise of a member follows from seed, case and number alone."""
-
+"""What is random about an example follows from seed and place, about a member from seed, case and number."""
 
 import numpy as np
+import pytest
 import torch
 
-from guided_diffusion.data.noise import MemberNoise
+from guided_diffusion.data.noise import MemberNoise, draw_rater, seed_dropout, step_noise
 
 
 def test_noise_follows_from_seed_case_and_number_alone():
@@ -23,3 +23,35 @@ def test_noise_is_standard_normal_and_takes_the_dtype_asked_for():
     noise = MemberNoise(0, [("a", i) for i in range(100)])(torch.empty(100, 1, 32, 32))
     assert abs(noise.mean()) < 5 / np.sqrt(noise.numel()) and abs(noise.var() - 1) < 5 * np.sqrt(2 / noise.numel())
     assert MemberNoise(0, [("a", 1)])(torch.empty(1, 1, 2, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_raters_are_drawn_uniformly_and_afresh_at_every_place():
+    raters, visits = 4, 20_000
+    drawn = np.array([draw_rater(0, place, raters) for place in range(visits)])
+    expected = visits / raters
+    assert np.abs(np.bincount(drawn) - expected).max() < 5 * np.sqrt(expected * (1 - 1 / raters))
+    for apart in (1, 5):  # neither the next example nor the next visit in an epoch of 5 repeats one more often
+        repeats = (drawn[apart:] == drawn[:-apart]).mean()
+        assert abs(repeats - 1 / raters) < 5 * np.sqrt(raters - 1) / raters / np.sqrt(visits)
+    assert [draw_rater(1, place, raters) for place in range(50)] != drawn[:50].tolist()
+
+
+def test_the_noise_of_a_step_follows_from_seed_and_place_whatever_its_batch():
+    like = torch.empty(3, 1, 8, 8)
+    uniforms, noise = step_noise(7, [4, 5, 6], like)
+    assert all(0 <= u < 1 for u in uniforms) and len(set(uniforms)) == 3
+    alone = step_noise(7, [5], like[:1])
+    assert alone[0] == uniforms[1:2] and torch.equal(alone[1], noise[1:2])
+    for seed, place in ((8, 5), (7, 6)):
+        other = step_noise(seed, [place], like[:1])
+        assert other[0] != alone[0] and not torch.equal(other[1], alone[1])
+
+
+def test_the_randomness_of_a_step_is_that_of_earlier_versions():
+    uniforms, noise = step_noise(3, [10, 11], torch.empty(2, 1, 2, 1))
+    seed_dropout(3, 10)
+    assert torch.rand(2).tolist() == pytest.approx([0.8120242357254028, 0.3169823884963989])
+    assert [draw_rater(3, place, 4) for place in range(10, 18)] == [2, 2, 2, 3, 1, 2, 3, 0]
+    assert uniforms == [0.459646544063218, 0.8385906306895627]
+    assert noise.flatten().tolist() == pytest.approx(
+        [0.6585034132003784, -0.45953765511512756, -0.12392956763505936, -1.3362317085266113])

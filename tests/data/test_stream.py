@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from guided_diffusion.data.cases import read_ahead
-from guided_diffusion.data.stream import ShuffledCases
+from guided_diffusion.data.masks import pack
+from guided_diffusion.data.noise import draw_rater
+from guided_diffusion.data.stream import Batch, ShuffledCases, chosen_masks
 from guided_diffusion.system.errors import InputError
 
 
@@ -28,17 +30,17 @@ class Numbered:
 
     def compact(self, i):
         masks = [[rater >> bit & 1 for bit in range(4)] for rater in range(self.raters)]
-        return np.full((1, 1, 4), i, np.uint8), np.packbits(np.array(masks, np.uint8), axis=1)
+        return np.full((1, 1, 4), i, np.uint8), pack(np.array(masks, bool)[:, None])
 
 
-def numbers(image, mask):
-    """(case, rater) of an item of a Numbered stream."""
-    return int(image.flatten()[0]), sum(int(bit) << i for i, bit in enumerate(mask.flatten()[:4]))
+def number(image):
+    """The case of an item of a Numbered stream."""
+    return int(image.flatten()[0])
 
 
 def test_every_epoch_shows_each_case_once_in_a_new_order():
     stream = ShuffledCases(Numbered(20, 2), seed=3)
-    seen = [numbers(*stream[p][:2])[0] for p in range(100)]
+    seen = [number(stream[p][0]) for p in range(100)]
     epochs = [seen[i:i + 20] for i in range(0, 100, 20)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 5 and list(range(20)) not in epochs
@@ -46,55 +48,63 @@ def test_every_epoch_shows_each_case_once_in_a_new_order():
 
 def test_stream_follows_from_seed_and_position_alone():
     stream, other = ShuffledCases(Numbered(7, 4), seed=1), ShuffledCases(Numbered(7, 4), seed=2)
-    forward = [numbers(*stream[p][:2]) for p in range(60)]
-    backward = [numbers(*ShuffledCases(Numbered(7, 4), seed=1)[p][:2]) for p in reversed(range(60))]
+    forward = [number(stream[p][0]) for p in range(60)]
+    backward = [number(ShuffledCases(Numbered(7, 4), seed=1)[p][0]) for p in reversed(range(60))]
     assert backward[::-1] == forward
-    assert [numbers(*other[p][:2]) for p in range(60)] != forward
+    assert [number(other[p][0]) for p in range(60)] != forward
 
 
-def test_raters_are_drawn_uniformly_and_afresh_at_every_visit():
-    raters, visits = 4, 20_000
-    stream = ShuffledCases(Numbered(5, raters), seed=0)
-    counts = np.zeros((5, raters))
-    for position in range(visits):
-        counts[numbers(*stream[position][:2])] += 1
-    expected = visits / 5 / raters
-    sigma = np.sqrt(expected * (1 - 1 / raters))
-    assert np.abs(counts - expected).max() < 5 * sigma
-    # neither the next visit to a case nor the next case of an epoch repeats a rater more often than chance would
-    drawn = np.array([numbers(*stream[p][:2]) for p in range(2000)])
-    pairs = [np.diff(drawn[drawn[:, 0] == case, 1]) for case in range(5)] + [np.diff(drawn[:, 1])]
-    for repeats in pairs:
-        assert abs((repeats == 0).mean() - 1 / raters) < 5 * np.sqrt(raters - 1) / raters / np.sqrt(len(repeats))
+def test_an_item_has_the_masks_of_all_raters_in_their_order():
+    _, masks = ShuffledCases(Numbered(3, 16))[1]
+    assert masks.dtype == bool and masks.shape == (16, 1, 4)
+    assert [sum(int(bit) << i for i, bit in enumerate(mask.flat)) for mask in masks] == list(range(16))
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 12), (2, 6), (3, 4), (4, 3), (12, 1)])
 @pytest.mark.parametrize("start", [0, 36, 5])
 def test_global_batches_are_the_same_for_any_number_of_ranks(world_size, batch_size, start):
     stream = ShuffledCases(Numbered(10, 3), seed=4)
-    whole = [numbers(*stream[p][:2]) for p in range(start, start + 36)]
+    whole = [number(stream[p][0]) for p in range(start, start + 36)]
     ranks = [stream.batches(batch_size, rank, world_size, start) for rank in range(world_size)]
-    got, positions = [], []
+    got, places = [], []
     for _ in range(3):
         for batches in ranks:
-            image, mask, position = next(batches)
-            assert image.shape == (batch_size, 1, 1, 4) and mask.shape == (batch_size, 1, 1, 4)
-            assert image.dtype == mask.dtype == torch.uint8
-            got += [numbers(*item) for item in zip(image, mask)]
-            positions += position
-    assert positions == list(range(start, start + 36)) and got == whole
+            batch = next(batches)
+            assert batch.image.shape == (batch_size, 1, 1, 4) and batch.masks.shape == (batch_size, 3, 1, 4)
+            assert batch.image.dtype == batch.masks.dtype == torch.uint8 and batch.seed == 4
+            got += map(number, batch.image)
+            places += batch.places
+    assert places == list(range(start, start + 36)) and got == whole
+
+
+def batch_of(raters, places, seed=0):
+    """A Batch of 4 x 4 masks, of which the one of rater r is filled with r."""
+    most = max(raters)
+    masks = torch.arange(most).repeat(len(raters), 1)[..., None, None].expand(-1, -1, 4, 4)
+    return Batch(torch.zeros(len(raters), 1, 4, 4), masks.float(), torch.arange(most) < torch.tensor(raters)[:, None],
+                 places, seed)
+
+
+def test_the_mask_of_an_example_follows_from_seed_and_place_whatever_its_batch():
+    raters = [2, 5, 1, 3]
+    whole = chosen_masks(batch_of(raters, [9, 4, 7, 2], seed=3))
+    assert whole.shape == (4, 1, 4, 4) and whole.dtype == torch.float32
+    assert whole[:, 0, 0, 0].tolist() == [draw_rater(3, place, n) for place, n in zip([9, 4, 7, 2], raters)]
+    assert torch.equal(chosen_masks(batch_of(raters, [9, 4, 7, 2], seed=3).rows(slice(1, 3))), whole[1:3])
+    rows = batch_of(raters, [9, 4, 7, 2]).rows(slice(1, 3))
+    assert rows.places == [4, 7] and rows.present.sum(1).tolist() == [5, 1] and len(rows.image) == 2
 
 
 def test_threads_read_the_stream_as_one_reader_does():
     n, positions = 3, range(904)
-    expected = [numbers(*ShuffledCases(Numbered(n, 4), seed=5)[p]) for p in positions]
+    expected = [number(ShuffledCases(Numbered(n, 4), seed=5)[p][0]) for p in positions]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         for _ in range(5):
             stream = ShuffledCases(Numbered(n, 4), seed=5)
             with ThreadPoolExecutor(8) as pool:
-                parts = list(pool.map(lambda part, stream=stream: [numbers(*stream[p]) for p in part],
+                parts = list(pool.map(lambda part, stream=stream: [number(stream[p][0]) for p in part],
                                       [positions[k::8] for k in range(8)]))
             assert [parts[p % 8][p // 8] for p in positions] == expected
     finally:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from guided_diffusion.data.cases import Case
+from guided_diffusion.data.masks import pack
 from guided_diffusion.data.stream import ShuffledCases, to_floats
 from guided_diffusion.resample import UniformSampler
 from guided_diffusion.train_util import TrainLoop
@@ -23,8 +24,7 @@ class Memory(list):
         return self
 
     def compact(self, i):
-        return (np.round(self[i].image * 255).astype(np.uint8),
-                np.packbits(self[i].masks.reshape(len(self[i].masks), -1), axis=1))
+        return np.round(self[i].image * 255).astype(np.uint8), pack(self[i].raters)
 
 
 def make_cases(count=5, raters=3, seed=0):

@@ -26,7 +26,7 @@ def cases():
 @pytest.fixture
 def written(tmp_path, cases):
     samples = np.random.default_rng(1).normal(0.5, 1, (3, SIZE, SIZE)).astype(np.float32)
-    write_case(tmp_path, cases[0], samples, fingerprint="abc")
+    write_case(tmp_path, cases[0], samples, to_masks(samples), "abc")
     return tmp_path, samples
 
 
@@ -49,7 +49,7 @@ def test_files_of_a_case_hold_its_masks_mean_spread_and_samples(written):
 
 def test_median_blur_smooths_the_masks_but_not_the_samples(tmp_path, cases):
     samples = np.random.default_rng(1).random((2, SIZE, SIZE)).astype(np.float32)
-    write_case(tmp_path, cases[0], samples, median_blur=3)
+    write_case(tmp_path, cases[0], samples, to_masks(samples, 3))
     stored = np.asarray(Image.open(tmp_path / "case 0_output1.png")) > 0
     assert np.array_equal(stored, to_masks(samples, 3)[1])
     assert np.array_equal(np.load(tmp_path / "case 0_ensemble.npz")["samples"], samples)
@@ -60,7 +60,7 @@ def test_members_of_a_larger_older_ensemble_are_removed_and_no_other_file(writte
     others = ["case 0_output3.png.txt", "case 0_outputx.png", "case 00_output7.png", "case 0_b_output7.png", "notes"]
     for name in others:
         (folder / name).write_text("mine")
-    write_case(folder, cases[0], samples[:1])
+    write_case(folder, cases[0], samples[:1], to_masks(samples[:1]))
     assert {"case 0_output0.png", *others} < set(os.listdir(folder))
     assert not {"case 0_output1.png", "case 0_output2.png"} & set(os.listdir(folder))
     assert all((folder / name).read_text() == "mine" for name in others)
@@ -70,8 +70,8 @@ def test_case_names_with_special_characters_are_taken_literally(tmp_path, cases)
     name = "a+(b) [größer] 病例"
     case = cases[0]._replace(name=name)
     samples = np.zeros((2, SIZE, SIZE), np.float32)
-    write_case(tmp_path, case, samples, fingerprint="f")
-    write_case(tmp_path, case, samples[:1], fingerprint="f")
+    write_case(tmp_path, case, samples, samples > 0.5, "f")
+    write_case(tmp_path, case, samples[:1], samples[:1] > 0.5, "f")
     assert is_complete(tmp_path, name, (1, SIZE, SIZE), "f") and not (tmp_path / f"{name}_output1.png").exists()
 
 
@@ -136,7 +136,7 @@ def test_fingerprint_changes_with_the_scan_and_every_setting(cases):
     settings = {"seed": 0, "image_size": 16, "model": "0" * 64, "sampler": "ancestral"}
     fingerprint = files.fingerprint(case, **settings)
     assert files.fingerprint(case, **dict(reversed(settings.items()))) == fingerprint
-    assert files.fingerprint(case._replace(masks=case.masks[:0]), **settings) == fingerprint
+    assert files.fingerprint(case._replace(raters=case.raters[:0]), **settings) == fingerprint
     brighter = case.image.copy()
     brighter[0, 3, 3] += 1 / 255
     others = [files.fingerprint(case._replace(image=brighter), **settings)]

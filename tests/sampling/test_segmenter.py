@@ -1,6 +1,7 @@
 """The Python door: load a checkpoint, hand it a scan, get an ensemble."""
 
 import shutil
+import sys
 
 import matplotlib.path
 import numpy as np
@@ -85,6 +86,12 @@ def test_outline_runs_between_the_pixels_that_are_so_probable_and_the_others(p):
     assert len(outlines) == (1 if p < 0.2 else 2)
 
 
+def test_outline_names_the_package_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "contourpy", None)
+    message = refusal(ensemble_of(np.ones((1, 16, 16), bool)).outline_at)
+    assert message == "outline_at needs the package contourpy: pip install contourpy"
+
+
 def test_outline_of_one_pixel_is_around_its_centre_and_that_of_nothing_is_empty():
     masks = np.zeros((1, 16, 16), bool)
     masks[0, 3, 7] = True
@@ -152,6 +159,21 @@ def test_case_folders_give_the_files_that_the_sampling_script_writes(segmenter, 
     assert len(mine) == 10 and theirs == mine
 
 
+def test_nested_case_folders_are_called_as_the_script_calls_them(segmenter, trained, run, make_cases, tmp_path):
+    make_cases(tmp_path / "d" / "patient", count=1, raters=0)
+    result = run("segmentation_sample.py", "--data_dir", "d", "--model_path", trained / "savedmodel.pt",
+                 "--sampler", "best", "--num_ensemble", 2, "--batch_size", 2)
+    assert result.code == 0, result.err
+    folder = tmp_path / "d" / "patient" / "case0"
+    ensemble = segmenter.sample(folder, 2, data_dir=tmp_path / "d", batch_size=2)
+    assert ensemble.name == "patient_case0"
+    assert np.array_equal(np.load(tmp_path / "results" / "patient_case0_ensemble.npz")["samples"], ensemble.samples)
+    assert segmenter.sample(folder, 1, 2).name == "case0"
+    assert segmenter.sample(folder, 1, 2, data_dir=tmp_path / "d", name="x").name == "x"
+    assert f"data_dir {tmp_path / 'results'}: does not hold {folder}" in refusal(
+        segmenter.sample, folder, 1, 2, data_dir=tmp_path / "results")
+
+
 def test_saved_files_are_called_by_the_name_given_or_by_what_they_are_of(segmenter, image, tmp_path):
     ensemble = segmenter.sample(image, 1, 2)
     ensemble.save(tmp_path / "new" / "folder")
@@ -210,7 +232,8 @@ def test_segmenter_refuses_turned_pictures_and_files_that_are_no_scan(segmenter,
 
 @pytest.mark.parametrize("options, words", [
     ({"num_ensemble": 0}, "num_ensemble 0"), ({"steps": -1}, "sampling_steps -1"), ({"steps": 31}, "31"),
-    ({"batch_size": 0}, "batch_size 0"), ({"sampler": "worst"}, "sampler 'worst'.*best"), ({"seed": 0.5}, "seed 0.5"),
+    ({"batch_size": 0}, "batch_size 0"), ({"batch_size": "x"}, "batch_size 'x': must be a whole number, or auto"),
+    ({"sampler": "worst"}, "sampler 'worst'.*best"), ({"seed": 0.5}, "seed 0.5"),
     ({"fit": "stretch"}, "fit 'stretch'.*crop"), ({"spacing": 1}, "spacing is 1"),
     ({"spacing": (1, 0)}, "spacing is"), ({"name": ["a"]}, "2 names"), ({"name": "ab"}, "2 names"),
     ({"name": ["a", "a"]}, "two images are called a"),

@@ -148,7 +148,7 @@ def test_raters_and_scan_are_fitted_as_they_were_for_sampling(data, tmp_path, fi
     save(tmp_path / "large.png", np.zeros((20, 20), np.uint8))
     expected = SegmentationCases(data, 10, image_channels=1, fit=fit)[2]
     image, raters, predictions = scored(data, tmp_path / "m.png", fit=fit, case=2)
-    assert np.array_equal(raters, expected.masks) and raters.any() and predictions.shape == (1, 10, 10)
+    assert np.array_equal(raters, expected.raters) and raters.any() and predictions.shape == (1, 10, 10)
     np.testing.assert_allclose(image, expected.image, atol=1e-6)
     if fit == "crop":
         assert "--fit crop does not lead from one" in refusal(scored, data, tmp_path / "large.png", fit=fit)

@@ -62,8 +62,8 @@ def test_drawing_leaves_the_randomness_of_training_alone(cases, model):
 def test_scores_are_the_means_of_the_cases(cases):
     rng = np.random.default_rng(0)
     validation = Validation(cases, process(), "ddim", 6, scored=True)
-    masks = [rng.random((SCORED, *case.masks.shape[1:])) < 0.3 for case in validation.cases]
-    expected = [metrics.Agreement(drawn, case.masks) for drawn, case in zip(masks, validation.cases)]
+    masks = [rng.random((SCORED, *case.raters.shape[1:])) < 0.3 for case in validation.cases]
+    expected = [metrics.Agreement(drawn, case.raters) for drawn, case in zip(masks, validation.cases)]
     assert validation.scores(masks) == pytest.approx({
         "val_GED_16": np.mean([each.ged().item() for each in expected]),
         "val_CI_16": np.mean([each.ci().item() for each in expected]),

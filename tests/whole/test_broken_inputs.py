@@ -148,7 +148,7 @@ def read(scan=GREY / 255, masks=DISC, off=1e-6):
         image = np.atleast_3d(np.asarray(scan, np.float32)).transpose(2, 0, 1)
         found, = SegmentationCases(case.parent, SIZE, image_channels=len(image))
         assert np.abs(found.image - image).max() <= off
-        assert np.array_equal(found.masks, np.reshape(masks, (-1, SIZE, SIZE)))
+        assert np.array_equal(found.raters, np.reshape(masks, (-1, SIZE, SIZE)))
     return check
 
 

@@ -71,7 +71,7 @@ def test_any_bytes_are_read_or_refused_by_name(folder, name, data):
         assert str(error).startswith(f"{path}: ") and len(str(error)) < len(str(path)) + 300
         assert str(error).isprintable()
     else:
-        assert case.image.shape == (4, SIZE, SIZE) and case.masks.shape == (2, SIZE, SIZE)
+        assert case.image.shape == (4, SIZE, SIZE) and case.raters.shape == (2, SIZE, SIZE)
         assert np.isfinite(case.image).all()
 
 

@@ -137,7 +137,7 @@ def test_a_file_lost_while_others_are_drawn_costs_its_case_alone(sample, data, m
 
 
 def same(a, b):
-    return a.name == b.name and np.array_equal(a.image, b.image) and np.array_equal(a.masks, b.masks)
+    return a.name == b.name and np.array_equal(a.image, b.image) and np.array_equal(a.raters, b.raters)
 
 
 def test_places_of_bad_cases_are_kept_and_say_what_is_wrong(data, kept):
@@ -389,7 +389,7 @@ def written(tmp_path):
     """A complete case of shape (2, 16, 16), and the path of its samples."""
     case = Case("a", np.zeros((1, SIZE, SIZE), np.float32), np.zeros((0, SIZE, SIZE), bool))
     samples = np.random.default_rng(0).random((2, SIZE, SIZE)).astype(np.float32)
-    files.write_case(tmp_path, case, samples, fingerprint="f")
+    files.write_case(tmp_path, case, samples, samples > 0.5, "f")
     return tmp_path / "a_ensemble.npz"
 
 

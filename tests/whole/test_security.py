@@ -166,7 +166,7 @@ def test_no_reader_of_a_file_runs_an_attack(tmp_path, form, kind):
     FORMS[form](Attack(kind, marker), path)
     for read in (checkpoint.load, phantoms.load_truth):
         assert str(path) in refusal(read, path if read is checkpoint.load else tmp_path)
-    for name in files.case_files("a", 1):
+    for name in files.result_names("a", 1):
         (tmp_path / name).write_bytes(path.read_bytes())
     Path(files.kept_file(tmp_path, "a")).write_bytes(path.read_bytes())
     assert not files.is_complete(str(tmp_path), "a", (1, 2, 1), "")
@@ -462,7 +462,7 @@ def outcomes(tmp_path_factory):
         folder.mkdir()
         data = BOMBS[bomb]() if bomb in BOMBS else b""
         assert len(data) < HUGE / 20
-        for name in (*files.case_files("a", 1), *DOORS.values()):
+        for name in (*files.result_names("a", 1), *DOORS.values()):
             (folder / name).unlink(missing_ok=True)
             if bomb == "link to /dev/zero":
                 (folder / name).symlink_to("/dev/zero")
@@ -508,7 +508,7 @@ def test_decoded_file_with_an_absurd_index_is_made_anew(tmp_path, make_cases, mo
     path.write_bytes(content[:-16 - length] + text + struct.pack("<Q", len(text)) + content[-8:])
     again = SegmentationCases(data, 16)
     for a, b in zip(whole, again, strict=True):
-        assert a.name == b.name and np.array_equal(a.image, b.image) and np.array_equal(a.masks, b.masks)
+        assert a.name == b.name and np.array_equal(a.image, b.image) and np.array_equal(a.raters, b.raters)
 
 
 # ---- names ----
@@ -530,7 +530,7 @@ def link_all(folder, outside, names):
 def test_results_replace_links_and_never_follow_them(tmp_path, outside, trained, run, make_cases):
     data, results = make_cases(tmp_path / "data", count=1), tmp_path / "results"
     results.mkdir()
-    link_all(results, outside, [*files.case_files("case0", 1), "scores.csv", "scores.json", "scores.png",
+    link_all(results, outside, [*files.result_names("case0", 1), "scores.csv", "scores.json", "scores.png",
                                 "best.png", "worst.png", "report.html"])
     before = tree(outside)
     result = run("segmentation_sample.py", "--data_dir", data, "--results_dir", results, "--num_ensemble", 1,
@@ -565,7 +565,7 @@ def test_case_of_a_name_that_leads_elsewhere_is_not_written(tmp_path, name):
     (tmp_path / "results" / "a").mkdir(parents=True)
     case = Case(name.format(tmp=tmp_path), np.zeros((1, 8, 8), np.float32), np.zeros((0, 8, 8), bool))
     before = tree(tmp_path)
-    refusal(files.write_case, str(tmp_path / "results"), case, np.zeros((1, 8, 8), np.float32))
+    refusal(files.write_case, str(tmp_path / "results"), case, np.zeros((1, 8, 8), np.float32), case.raters)
     assert tree(tmp_path) == before
 
 

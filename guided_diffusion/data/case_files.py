@@ -1,0 +1,163 @@
+"""The files of the cases in a folder: found, sorted into images and labels, and read.
+
+Layout: one folder a case, `<data_dir>/.../<case>/image_<n>.jpg label0_.jpg label1_.jpg ...`. A file's kind is the part
+of its name before the first underscore; files that no reader takes are ignored. Several image files of a case are its
+channels, in the order of their names. Any number of raters from 1 up; cases may differ in it.
+"""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..system.errors import InputError, raise_problems
+from . import scaling
+from .readers.base import Readers
+
+MAX_NAME_BYTES = 200  # of a case, so that the names of its results are none too long for a file system
+_UNSAFE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, bytes that are no UTF-8
+
+
+class CaseFiles(NamedTuple):
+    """The files of one case."""
+
+    name: str
+    folder: Path
+    images: list[Path]  # one, or one a channel
+    labels: list[Path]  # one a rater
+
+
+class CaseContents(NamedTuple):
+    """What the files of one case hold, at their own size."""
+
+    image: np.ndarray  # [C, H, W] uint8 or uint16
+    raters: np.ndarray  # [R, H, W] bool, the mask of each rater
+    spacing: tuple[float, float] | None  # (row, column) distance of the pixels in mm
+    info: dict[str, Any]  # of the first image, see readers.base.Scan
+
+
+def find_cases(data_dir: str | os.PathLike, flag: str = "--data_dir", readers: Readers | None = None
+               ) -> list[CaseFiles]:
+    """The case folders under data_dir, sorted by name: every folder that holds files or nothing at all.
+
+    :param flag: that the folder comes from, for messages.
+    :param readers: which files count (default: those of all readers).
+    :raises InputError: naming every folder that cannot be listed, and every name that results cannot be called by.
+    """
+    root, readers = Path(data_dir), readers or Readers()
+    if not os.path.isdir(data_dir):
+        raise InputError(f"{flag} {data_dir}: no such folder")
+    cases, problems = {}, []
+
+    def unlisted(error):
+        problems.append(f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or remove it")
+
+    for folder, subfolders, names in os.walk(root, onerror=unlisted, followlinks=True):
+        folder = Path(folder)
+        if folder.is_symlink() and any(folder.samefile(parent) for parent in folder.parents):
+            problems.append(f"{folder}: is a link to a folder that it lies in; remove it")
+            subfolders.clear()
+            continue
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths = sorted(folder / name for name in names if not name.startswith("."))
+        files = [path for path in paths if readers.suffix_of(path)]
+        problems += [f"{path}: is a link to nothing; mend it, or remove it" for path in paths
+                     if not readers.suffix_of(path) and path.is_symlink() and not path.exists()]
+        if folder == root or (subfolders and not files):
+            continue
+        case = sort_files(case_name(folder, root), folder, files, readers)
+        problems += _wrong_names(case)
+        same = cases.setdefault(unicodedata.normalize("NFC", case.name), case)
+        if same is not case:
+            problems.append(f"{folder}: names the same case as {same.folder}; rename one")
+    raise_problems(problems, data_dir)
+    if not cases:
+        raise InputError(f"{flag} {data_dir}: holds no case; each case is a folder with an image_<n>.jpg and"
+                         f" label0_.jpg, label1_.jpg, ...")
+    return sorted(cases.values(), key=lambda case: case.name)
+
+
+def case_name(folder: Path, root: Path) -> str:
+    """What the case in a folder below root is called: a/b is a_b."""
+    return "_".join(folder.relative_to(root).parts)
+
+
+def sort_files(name: str, folder: Path, paths: Iterable[Path], readers: Readers) -> CaseFiles:
+    """The images and labels among the files of a case folder, in their order."""
+    kinds = {path: _kind(path, readers) for path in paths if readers.suffix_of(path)}
+    labels = [path for path, kind in kinds.items() if re.fullmatch(r"label\d+", kind)]
+    return CaseFiles(name, folder, sorted(path for path, kind in kinds.items() if kind == "image"),
+                     sorted(labels, key=lambda path: (int(kinds[path][5:]), path)))
+
+
+def _wrong_names(case):
+    """What is wrong with the names of a case and its files."""
+    wrong = [case.folder] if _UNSAFE.search(case.name) else [path for path in (*case.images, *case.labels)
+                                                             if _UNSAFE.search(path.name)]
+    if not wrong and len(case.name.encode()) > MAX_NAME_BYTES:
+        return [f"{case.folder}: names its case by {len(case.name.encode())} bytes; rename it, since the files of"
+                f" results need names of at most {MAX_NAME_BYTES}"]
+    return [f"{str(path)!r}: has control characters in its name, or bytes that are not UTF-8; rename it"
+            for path in wrong]  # quoted, so that the message stays one line
+
+
+def read_case(files: CaseFiles, need_labels: bool = True, readers: Readers | None = None) -> CaseContents:
+    """Decode the files of one case.
+
+    :param need_labels: refuse a case without labels.
+    :raises InputError: naming the file that is missing or wrong.
+    """
+    check_complete(files, need_labels)
+    readers = readers or Readers()
+    scans = [readers.read(path) for path in files.images]
+    image = _join_channels([scan.pixels for scan in scans], files.images)
+    for path, scan in zip(files.images, scans):
+        if scan.spacing != scans[0].spacing:
+            raise InputError(f"{path}: its pixels are {_in_mm(scan.spacing)}, but those of the first image of its case,"
+                             f" {files.images[0].name}, are {_in_mm(scans[0].spacing)}; give all the same spacing")
+    kinds = [_kind(path, readers) for path in files.labels]
+    for kind, first, following, second in zip(kinds, files.labels, kinds[1:], files.labels[1:]):
+        if kind == following:
+            raise InputError(f"{second}: is a second {kind} of its case, beside {first.name}; give every"
+                             f" rater a number of their own")
+    size = image.shape[1:]
+    raters = [_read_label(path, size, files.images[0], readers) for path in files.labels]
+    return CaseContents(image, np.array(raters, dtype=bool).reshape(len(raters), *size), *scans[0][1:])
+
+
+def check_complete(files: CaseFiles, need_labels: bool) -> None:
+    """Raise InputError if a case has no image, or no labels though they are needed."""
+    if not files.images:
+        raise InputError(f"{files.folder}: no image (a file called image_<n>.jpg or .png)")
+    if not files.labels and need_labels:
+        raise InputError(f"{files.folder}: no labels (files called label0_.jpg, label1_.jpg, ... or .png)")
+
+
+def _kind(path, readers):
+    return readers.stem_of(path).split("_")[0].lower()
+
+
+def _in_mm(spacing):
+    return f"{spacing[0]:g} x {spacing[1]:g} mm" if spacing else "of unknown distance"
+
+
+def _join_channels(parts, paths):
+    """The pictures [c, H, W] of one case -> one, [C, H, W]."""
+    for part, path in zip(parts, paths):
+        if part.shape[1:] != parts[0].shape[1:]:
+            raise InputError(f"{path}: is {part.shape[2]} x {part.shape[1]} pixels, but the first image of its case,"
+                             f" {paths[0].name}, is {parts[0].shape[2]} x {parts[0].shape[1]}")
+    return np.concatenate(scaling.widen(parts))
+
+
+def _read_label(path, size, image_path, readers):
+    """[H, W] bool, of the size of its image."""
+    mask = readers.read_mask(path)
+    if mask.shape != size:
+        raise InputError(f"{path}: is {mask.shape[1]} x {mask.shape[0]} pixels, but its image"
+                         f" {image_path.name} is {size[1]} x {size[0]}")
+    return mask
