@@ -109,6 +109,6 @@ class Validation(Callback):
         """Mean scores over the cases, {"val_GED_16": ..., ...}, if they are to be scored."""
         if not self.scored:
             return {}
-        pairs = [metrics.Agreement(drawn, case.masks) for drawn, case in zip(masks, self.cases)]
+        pairs = [metrics.Agreement(drawn, case.raters) for drawn, case in zip(masks, self.cases)]
         return {f"val_{name}_{self.members}": float(np.mean([metrics.SCORES[name](pair) for pair in pairs]))
                 for name in SCORES}
