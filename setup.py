@@ -10,7 +10,7 @@ CLOUD = ["blobfile"]
 MPI = ["mpi4py", "mpich"]  # mpich brings libmpi and mpiexec; leave it away where MPI is installed
 # Visdom for Python 3.11 builds with old setuptools only, see constraints.txt, and serves its page with old tornado only
 VISDOM = ["visdom", 'tornado<6.5; python_version < "3.12"']
-TESTS = ["pytest", "pytest-xdist", "hypothesis", "ruff", "nbclient", "ipykernel"]
+TESTS = ["pytest", "pytest-xdist", "hypothesis", "ruff", "nbclient", "ipykernel", "setuptools>=70.1"]
 
 setup(
     name="guided-diffusion-segmentation",

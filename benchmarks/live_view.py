@@ -89,9 +89,9 @@ def make_loop(folder):
 
 
 def make_view(folder, port):
-    defaults = flags.defaults("model", "encoders", "diffusion", "training", "results", "visdom")
-    return views.TrainingView(folder, {**defaults, "visdom_port": port}, None, end=0, global_batch=4,
-                              losses=["loss", "mse", "kl"], splits=["q0", "q1", "q2", "q3"],
+    defaults = flags.defaults("model", "encoders", "diffusion", "training", "results", "visdom", "server")
+    return views.TrainingView(folder, {**defaults, "visdom": "connect", "visdom_port": port}, None, end=0,
+                              global_batch=4, losses=["loss", "mse", "kl"], splits=["q0", "q1", "q2", "q3"],
                               split_by="quarter of the timesteps")
 
 

@@ -12,7 +12,7 @@ _FULL = ("--image_size 128 --num_res_blocks 2 --num_heads 1 --learn_sigma True -
 PRESETS = {
     # 1.2 million parameters, 0.50 GFLOP a forward pass; about 15 minutes on two CPU cores
     "cpu-32": "--image_size 32 --channel_mult 1,2,2 --lr_anneal_steps 10000 " + _SMALL,
-    # 1.2 million parameters, 0.97 GFLOP
+    # 3.0 million parameters, 1.5 GFLOP
     "cpu-64": "--image_size 64 --channel_mult 1,1,2,4 --lr_anneal_steps 10000 " + _SMALL,
     # 85.6 million parameters, 132 GFLOP
     "gpu-128": "--num_channels 128 --max_steps 100000 " + _FULL,

@@ -22,7 +22,7 @@ from guided_diffusion.data import phantoms
 from guided_diffusion.data.cases import FITS, SegmentationCases
 from guided_diffusion.data.masks import to_masks
 from guided_diffusion.respace import SPACINGS
-from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.samplers import SAMPLERS, network_calls
 from guided_diffusion.scoring.evaluation import cell, markdown
 from guided_diffusion.system import storage
 
@@ -43,7 +43,8 @@ def main():
                 name = f"{shown} {walk}"
                 count = args.num_cases if calls < 100 else min(args.num_cases, args.long_cases)
                 if name not in rows:
-                    rows[name] = {"sampler": shown, "spacing": spacing, "calls": network_calls(SAMPLERS[sampler], steps),
+                    made = network_calls(SAMPLERS[sampler], steps)
+                    rows[name] = {"sampler": shown, "spacing": spacing, "calls": made,
                                   **score(args, cases, count, sampler, walk, name)}
                     storage.write_bytes(stored, json.dumps(rows, indent=1).encode())
                     print(name, {k: cell(v) for k, v in rows[name].items() if k in ("GED", "HM_IoU", "excess_GED")},

@@ -3,7 +3,7 @@
     from guided_diffusion import Segmenter
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name):

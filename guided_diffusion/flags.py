@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from .data.readers import READERS
 from .gaussian_diffusion import SCHEDULES
 from .methods import METHODS
+from .metrics import SCORES
 from .networks import NETWORKS
 from .predictions import PREDICTIONS
 from .samplers import SAMPLERS
@@ -16,7 +18,7 @@ from .system.errors import InputError
 from .system.flag import Flag, check_value, number_or_auto
 from .system.registry import load_plugin
 
-TABLES = (METHODS, NETWORKS, PREDICTIONS, SCHEDULES, SAMPLERS)
+TABLES = (METHODS, NETWORKS, PREDICTIONS, SCHEDULES, SAMPLERS, READERS, SCORES)
 
 _COMMON = [
     Flag("method", METHODS, "cimd", "what is trained and drawn from", "model"),
@@ -175,10 +177,15 @@ def settle(args: SimpleNamespace, given: dict[str, Any]) -> None:
     """Bring the flags of the chosen entries into agreement, in place.
 
     :param given: those that the user gave, by name.
-    :raises InputError: for flags of an entry that is not chosen, and as Method.settle_flags.
+    :raises InputError: for flags that have no effect, or are of an entry that is not chosen, and as
+        Method.settle_flags.
     """
     METHODS[args.method].settle_flags(args, given)
+    idle = METHODS[args.method].idle_flags(args)
     values = {flag.name: flag.default for table in TABLES for flag in table.flags()}
+    for name, why in idle.items():
+        if given.get(name, values[name]) != values[name]:
+            raise InputError(f"--{name} {given[name]}: has no effect {why}; leave it away")
     for table in TABLES:
         chosen = getattr(args, table.flag, None)
         for name in given:

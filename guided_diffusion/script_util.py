@@ -47,8 +47,8 @@ def drawing_flags(flags: SimpleNamespace, **sampling) -> SimpleNamespace:
 
     :raises InputError: for flags that contradict each other.
     """
-    args = SimpleNamespace(**{**defaults("sampling"), **vars(flags), **sampling})
-    settle(args, {name: value for name, value in sampling.items() if name != "sampler"})
+    args = SimpleNamespace(**{**vars(flags), **defaults("sampling"), **sampling})
+    settle(args, {})
     return args
 
 

@@ -16,7 +16,7 @@ from guided_diffusion import samplers
 from guided_diffusion.data.noise import MemberNoise
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion
-from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.samplers import SAMPLERS, network_calls
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 MEAN, STD = 0.3, 0.5

@@ -8,27 +8,27 @@ import textwrap
 from types import SimpleNamespace
 
 from .. import dist_util
-from ..flags import FLAGS, check_value, defaults, parse_numbers
+from ..flags import FLAGS, defaults, load_plugins, settle
 from ..live.client import split_address
 from ..metrics import SCORES
-from ..script_util import choose_sampler
 from ..system import storage
 from ..system.errors import InputError
+from ..system.flag import check_value, parse_numbers
 from ..system.terminal import program_name
 from .program import add_version, again, as_called
 
 # the groups of flags that a script takes
 JOBS = {
-    "training": ("model", "encoders", "diffusion", "method", "training", "speed", "files and processes", "results",
-                 "visdom", "server"),
-    "sampling": ("model", "diffusion", "method", "sampling", "scoring", "speed", "files and processes", "results",
-                 "visdom", "server"),
-    "evaluation": ("evaluation", "scoring", "files and processes"),
+    "training": ("model", "encoders", "diffusion", "method", "training", "reading", "speed", "files and processes",
+                 "results", "visdom", "server"),
+    "sampling": ("model", "diffusion", "method", "sampling", "reading", "scoring", "speed", "files and processes",
+                 "results", "visdom", "server"),
+    "evaluation": ("evaluation", "reading", "scoring", "files and processes"),
     "replay": ("replay", "server"),
 }
 _OLD_NAMES = {"evaluation": {"num_samples": "ensemble_sizes"}}  # still taken, but not in --help
 _GROUP_TITLES = {
-    "model": "the U-Net", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
+    "model": "the network", "reading": "reading files", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
     "diffusion": "the diffusion process", "visdom": "the live view", "server": "the live view",
     "scoring": "scores (when sampling: with --evaluate True)",
 }
@@ -57,17 +57,18 @@ def _parser(job, description):
                      allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]")
     add_version(parser)
     groups = {}
-    for flag in FLAGS:
+    for flag in sorted(FLAGS, key=lambda flag: [*JOBS[job], flag.group].index(flag.group)):
         if flag.group not in JOBS[job]:
             continue
         title = _GROUP_TITLES.get(flag.group, flag.group)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        options = {"default": argparse.SUPPRESS, "help": flag.help}
+        words = f": {flag.type.words()}" if hasattr(flag.type, "words") else ""
+        options = {"default": argparse.SUPPRESS, "help": (flag.help + words).replace("%", "%%")}
         if flag.default not in ("", None):
             options["help"] += f" (default: {flag.default})"
-        if isinstance(flag.type, tuple):
-            options["choices"] = flag.type
+        if flag.choices:
+            options["choices"] = flag.choices
         else:
             options["type"] = _boolean if flag.type is bool else flag.type
             options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
@@ -89,6 +90,9 @@ def parse_flags(job, description, argv=None):
     :returns: all flags as a namespace, and the dict of those that were given.
     :raises InputError: for a flag that does not exist, naming the nearest that does, or a bad value.
     """
+    plugins = _Parser(add_help=False, allow_abbrev=False)
+    plugins.add_argument("--plugin", default="")
+    load_plugins(plugins.parse_known_args(argv)[0].plugin)  # first, since they bring flags and choices
     parser = _parser(job, description)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -141,8 +145,15 @@ def _check_ranges(job, args, given):
             check_value(flag, given[flag.name], f"--{flag.name}")
     if values.get("median_blur") and values["median_blur"] % 2 == 0:
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
+    if "method" in values:
+        settle(args, given)
+    if "fp16_scale_growth" in given and not args.use_fp16 and given["fp16_scale_growth"] != defaults(
+            "training")["fp16_scale_growth"]:
+        raise InputError(f"--fp16_scale_growth {args.fp16_scale_growth}: only --use_fp16 True scales the loss; give"
+                         f" that, or leave it away")
+    if "num_heads" in given and values.get("num_head_channels", -1) != -1:
+        raise InputError(f"--num_heads {args.num_heads} and --num_head_channels {args.num_head_channels}: choose one")
     if job == "sampling":
-        choose_sampler(args, given)
         unused = [f"--{flag.name}" for flag in FLAGS if flag.group == "scoring" and flag.name in given]
         if unused and not args.evaluate:
             raise InputError(f"{', '.join(unused)}: for scores only; give --evaluate True, too")

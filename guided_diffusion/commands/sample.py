@@ -22,12 +22,12 @@ import numpy as np
 from .. import checkpoint, dist_util, logger
 from ..data.cases import SegmentationCases
 from ..data.masks import to_masks
-from ..flags import apply_stored_flags, pick
+from ..data.readers.base import refuse_unused
+from ..flags import apply_stored_flags, default, settle
 from ..live.views import SamplingView
-from ..samplers import SAMPLERS
 from ..sampling import ensembles, files
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
-from ..script_util import BEST, autocast_dtype, compile_network, create_model_and_diffusion
+from ..script_util import autocast_dtype, create_method
 from ..system import storage
 from ..system.errors import raise_problems
 from ..system.terminal import progress, summary
@@ -43,20 +43,20 @@ def shared_problems(cases):
 
 
 def announce_time(sampler, batches, scan):
-    """Say how long so many batches will take, if another sampler would be much faster."""
-    best = SAMPLERS[BEST["sampler"]][1](BEST["sampling_steps"])
-    if sampler.calls > 4 * best and batches:
-        seconds = sampler.seconds_a_call(scan) * sampler.calls * batches
-        logger.log(f"this will take about {timedelta(seconds=round(seconds))}; --sampler best takes {best} network"
-                   f" calls a mask rather than {sampler.calls}")
+    """Say how long so many batches will take, if something else would be much faster."""
+    method = sampler.method
+    if method.advice and batches:
+        seconds = sampler.seconds_a_call(scan) * method.cost.mask * batches
+        logger.log(f"this will take about {timedelta(seconds=round(seconds))}; {method.advice}")
 
 
 def is_done(case, folder, shape, settings, evaluation):
-    """Whether the masks of a case are there, of this shape and from these settings; for an evaluation, scores them."""
-    fingerprint = files.fingerprint(case, **settings)
+    """Whether the masks of a case are there, of this shape and from one of these settings; for an evaluation, scores
+    them."""
+    fingerprints = [files.fingerprint(case, **each) for each in settings]
     if not evaluation:
-        return files.is_complete(folder, case.name, shape, fingerprint)
-    masks = files.kept_masks(folder, case.name, shape, fingerprint)
+        return files.is_complete(folder, case.name, shape, *fingerprints)
+    masks = files.kept_masks(folder, case.name, shape, *fingerprints)
     if masks is not None:
         evaluation.add(*case, masks)
     return masks is not None
@@ -68,8 +68,9 @@ def what_is_where(args, folder, done):
         ("to look at", "montage.png"), ("masks", f"output0.png .. {args.num_ensemble - 1}"),
         ("probability of foreground", "mean.png"), ("spread", "std.png"), ("before the threshold", "ensemble.npz"))]
     flags = ["--data_dir", args.data_dir, "--samples_dir", folder]
-    if args.fit != "error":
-        flags += ["--fit", args.fit]
+    for name in ("fit", "plugin"):
+        if getattr(args, name) != default("files and processes", name):
+            flags += [f"--{name}", getattr(args, name)]
     if args.num_samples:
         flags += ["--skip_missing", "True"]
     return summary(done, rows, command("segmentation_evaluate.py", flags))
@@ -84,11 +85,14 @@ def main():
         model_path = args.model_path or storage.join(folder, checkpoint.NEWEST)
         stored = checkpoint.load_flags(storage.folder_of(model_path))
         apply_stored_flags(args, given, stored, storage.folder_of(model_path))
+        settle(args, given)
         dtype = autocast_dtype(args)
-        model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
-        checkpoint.load_model(model, model_path)
+        method = create_method(args, training=False)
+        checkpoint.load_model(method.model, model_path)
         cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
-                                  need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True)
+                                  need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True,
+                                  options=vars(args))
+        refuse_unused(vars(args), cases.readers_used, args.data_dir)
         sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args)) \
             if args.evaluate else None
@@ -100,9 +104,7 @@ def main():
         if rank == 0:
             storage.remove_partial(folder)
 
-    settings = {**pick(args, "model", "diffusion"), "model": storage.digest(model_path), "seed": args.seed,
-                "sampler": args.sampler, "ddim_eta": args.ddim_eta, "clip_denoised": args.clip_denoised,
-                "median_blur": args.median_blur}
+    settings = files.drawing_settings(args, storage.digest(model_path))
     shape = args.num_ensemble, args.image_size, args.image_size
     mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
     looked_at = progress(cases.readable(mine), "looking for masks", len(mine), "case", enabled=rank == 0, leave=False)
@@ -114,19 +116,16 @@ def main():
     auto = args.batch_size == "auto"
     largest = ensembles.largest_batch(dist_util.dev(), args.image_size) if auto else args.batch_size
     batch_size = min(largest, len(cases) * args.num_ensemble)
-    model.to(dist_util.dev()).eval().convert_for_sampling(dtype)
-    sampler = ensembles.EnsembleSampler(model, diffusion, batch_size=batch_size, seed=args.seed, sampler=args.sampler,
-                                          ddim_eta=args.ddim_eta, clip_denoised=args.clip_denoised)
+    sampler = ensembles.EnsembleSampler(method.to(dist_util.dev()), batch_size=batch_size, seed=args.seed)
     logger.configure(enabled=rank == 0)
     logger.log("command:", shlex.join(sys.argv))
+    once = f" and {method.cost.scan} a scan" if method.cost.scan else ""
     logger.log(f"{len(cases) - len(problems)} cases from {args.data_dir}, {before} of them already complete in"
-               f" {folder}; {args.num_ensemble} masks each, {sampler.calls} network calls a mask,"
+               f" {folder}; {args.num_ensemble} masks each, {method.cost.mask} network calls a mask{once},"
                f" {world_size} process(es) on {dist_util.dev()}")
     if problems:
         logger.log(f"{len(problems)} more are left out, since their files cannot be read; all are named at the end")
-    if args.compile:
-        cuda_graphs = {"mode": "reduce-overhead"} if dist_util.dev().type == "cuda" else {}
-        compile_network(model, dist_util.dev(), **cuda_graphs)
+    method.prepare(dtype, args.compile)
     blank = np.zeros((args.image_channels, args.image_size, args.image_size), np.float32)
     if auto:
         sampler.fit_batch_size(blank)
@@ -135,13 +134,13 @@ def main():
     batches = -(-len(todo) * args.num_ensemble // batch_size)
     announce_time(sampler, batches, blank)
     view = SamplingView(folder, vars(args), None if storage.is_remote(folder) else folder, len(todo),
-                        diffusion.num_timesteps, enabled=rank == 0)
+                        method.steps, enabled=rank == 0)
     start = time.perf_counter()
     with dist_util.all_ranks_or_none(), files.BackgroundWriter() as write, \
             progress(desc="sampling", total=len(todo) * args.num_ensemble, unit="mask", enabled=rank == 0) as bar:
         def on_step(members, x, x_start):
             dist_util.at((next(steps),), "drawing")
-            bar.update(len(set(members)) / diffusion.num_timesteps)
+            bar.update(len(set(members)) / method.steps)
             view.on_step(members, x, x_start)
 
         def begun():
@@ -151,7 +150,7 @@ def main():
 
         steps = itertools.count(1)
         for case, samples in sampler.ensembles(begun(), args.num_ensemble, on_step):
-            fingerprint = files.fingerprint(case, **settings)
+            fingerprint = files.fingerprint(case, **settings[0])
             masks = to_masks(samples, args.median_blur)
             if evaluation:
                 evaluation.add(*case, masks)

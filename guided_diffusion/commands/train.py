@@ -19,24 +19,21 @@ import torch
 
 from .. import checkpoint, dist_util, logger
 from ..data.cases import SegmentationCases
+from ..data.readers.base import refuse_unused
 from ..data.stream import ShuffledCases
-from ..flags import apply_stored_flags, check_stored_flags, differing, pick, stored_flags
+from ..flags import apply_stored_flags, check_stored_flags, default, differing, stored_flags
 from ..live.views import TrainingView
-from ..methods.cimd import CIMD
-from ..resample import create_named_schedule_sampler
-from ..script_util import (
-    BEST,
-    autocast_dtype,
-    compile_network,
-    create_encoders,
-    create_gaussian_diffusion,
-    create_model_and_diffusion,
-)
+from ..methods import METHODS
+from ..nn import compile_network
+from ..script_util import autocast_dtype, create_method, drawing_flags
 from ..system import storage
 from ..system.errors import InputError
 from ..system.terminal import summary
 from ..train_util import TrainLoop
+from ..training.resume import Checkpoints, resume
+from ..training.settings import Settings
 from ..training.validation import SHOWN, Validation
+from ..training.watch import BadSteps, RanksWatched
 from .cli import results_folder, run_script, start_script
 from .program import command
 
@@ -51,22 +48,24 @@ def main():
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
         check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
-        clash = [] if args.resume_checkpoint else differing(vars(args), stored, "seed")
+        idle = METHODS[args.method].idle_flags(args)
+        chosen = {name: value for name, value in vars(args).items() if name not in idle}
+        clash = [] if args.resume_checkpoint else differing(chosen, stored, "seed", "timestep_respacing")
         if clash:
             raise InputError(f"{', '.join(clash)}: not what the run in {folder} was started with; give the same flags"
                              f" to go on with it, or another --results_dir to start afresh")
         apply_stored_flags(args, given, stored, storage.folder_of(resume_from) if resume_from else folder)
         dtype = autocast_dtype(args)
         torch.manual_seed(args.seed)
-        model, diffusion = create_model_and_diffusion(**pick(args, "model", "diffusion"))
+        method = create_method(args)
         if resume_from:  # once more below, with all that belongs to it; here so that a bad file leaves no trace
-            checkpoint.load_model(model, resume_from, "--resume_checkpoint")
-        posterior, prior = create_encoders(**pick(args, "encoders"), image_channels=args.image_channels)
+            checkpoint.load_model(method.model, resume_from, "--resume_checkpoint")
         first = dist_util.rank() == 0
         read = partial(SegmentationCases, image_size=args.image_size, image_channels=args.image_channels, fit=args.fit,
-                       progress=first)
+                       progress=first, options=vars(args))
         held_out = read(args.val_dir, flag="--val_dir") if args.val_dir else None
         cases = read(args.data_dir)
+        refuse_unused(vars(args), cases.readers_used | (held_out.readers_used if held_out else set()), args.data_dir)
         storage.make_folder(folder)
         claim = storage.claim(folder) if first else contextlib.nullcontext()
         storage.remove_partial(folder)
@@ -77,40 +76,31 @@ def main():
     logger.log("command:", shlex.join(sys.argv))
     for problem in passed_over:
         logger.log(f"passed over: {problem}")
-    logger.log(f"{len(cases)} cases from {args.data_dir}, {cases.kept}; U-Net of {count(model):.1f} million parameters;"
-               f" {world_size} process(es) on {dist_util.dev()}")
+    network = "U-Net" if args.network == "unet" else args.network
+    logger.log(f"{len(cases)} cases from {args.data_dir}, {cases.kept}; {network} of {count(method.model):.1f} million"
+               f" parameters; {world_size} process(es) on {dist_util.dev()}")
     logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
 
-    validation = make_validation(args, cases, held_out) if args.sample_interval else None
-    loop = TrainLoop(
-        cimd=CIMD(diffusion, model, posterior, prior, args.kl_weight).to(dist_util.dev()),
-        data=ShuffledCases(cases, args.seed),
-        schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion.num_timesteps),
-        batch_size=args.batch_size, microbatch=args.microbatch, lr=args.lr, weight_decay=args.weight_decay,
-        lr_anneal_steps=args.lr_anneal_steps, max_steps=args.max_steps,
-        ema_rates=args.ema_rate.replace(" ", "").split(","), log_interval=args.log_interval,
-        sample_interval=args.sample_interval, save_interval=args.save_interval, results_dir=folder, dtype=dtype,
-        validation=validation,
-        fp16_scale_growth=args.fp16_scale_growth, grad_clip=args.grad_clip, max_bad_steps=args.max_bad_steps,
-        keep_checkpoints=args.keep_checkpoints, save_patience=args.save_patience, seed=args.seed,
-    )
+    validation = make_validation(args, cases, held_out, dtype) if args.sample_interval else None
+    loop = TrainLoop(method.to(dist_util.dev()), ShuffledCases(cases, args.seed), Settings.from_flags(args, dtype), [
+        RanksWatched(), BadSteps(args.max_bad_steps), *filter(None, [validation]),
+        Checkpoints(folder, args.save_interval, args.keep_checkpoints, args.save_patience)])
     if resume_from:
         with dist_util.all_ranks_or_none():
-            loop.resume(resume_from, same_run=not args.resume_checkpoint)
+            resume(loop, resume_from, same_run=not args.resume_checkpoint)
     if first:
         checkpoint.save_flags(folder, stored_flags(args))
-    losses = ["loss", *(["vb"] if args.use_kl else ["mse"] + ["vb"] * args.learn_sigma), *["kl"] * bool(args.kl_weight)]
-    loop.view = TrainingView(folder, vars(args), local_folder(folder), loop.end, loop.global_batch, losses,
-                             [f"q{i}" for i in range(4)], "quarter of the timesteps",
-                             validation.cases if validation else (), enabled=first)
+    view = TrainingView(folder, vars(args), local_folder(folder), loop.end, loop.global_batch, method.loss_names,
+                        method.parts, method.parts_are, validation.cases if validation else (), enabled=first)
+    loop.callbacks.append(view)
 
     if args.compile:
-        compile_network(model, dist_util.dev())
+        compile_network(method.model, dist_util.dev())
     try:
         with claim:
             stopped_by = loop.run_loop()
     finally:
-        loop.view.close()
+        view.close()
     logger.log(what_is_where(args, folder, loop))
     logger.close()
     if stopped_by:
@@ -118,13 +108,11 @@ def main():
         sys.exit(128 + stopped_by)
 
 
-def make_validation(args, cases, held_out):
+def make_validation(args, cases, held_out, dtype):
     """The cases to draw while training: some of --val_dir, which are scored, else of the training cases."""
-    steps = min(BEST["sampling_steps"], args.diffusion_steps)
-    diffusion = create_gaussian_diffusion(**{**pick(args, "diffusion"),
-                                             "timestep_respacing": f"{BEST['timestep_spacing']}{steps}"})
-    return Validation(held_out or cases, diffusion, BEST["sampler"], args.val_cases if held_out else SHOWN, args.seed,
-                      scored=bool(held_out))
+    flags = drawing_flags(args, **METHODS[args.method].quick_flags(args))
+    return Validation(held_out or cases, lambda network: create_method(flags, network, training=False), dtype,
+                      args.val_cases if held_out else SHOWN, args.seed, args.sample_interval, scored=bool(held_out))
 
 
 def what_is_where(args, folder, loop):
@@ -140,9 +128,12 @@ def what_is_where(args, folder, loop):
     beside = os.path.join(os.path.dirname(os.path.abspath(args.data_dir)), "testing")
     scans = args.val_dir or (os.path.relpath(beside) if os.path.isdir(beside) else args.data_dir)
     flags = ["--data_dir", scans, "--model_path", storage.join(folder, newest), "--results_dir", folder,
-             "--num_ensemble", "16", "--sampler", "best", "--batch_size", "auto"]
-    if args.fit != "error":
-        flags += ["--fit", args.fit]
+             "--num_ensemble", "16", "--batch_size", "auto"]
+    if "sampler" in METHODS[args.method].quick_flags(args):
+        flags += ["--sampler", METHODS[args.method].quick_flags(args)["sampler"]]
+    for name in ("fit", "plugin"):
+        if getattr(args, name) != default("files and processes", name):
+            flags += [f"--{name}", getattr(args, name)]
     return summary(f"trained to step {loop.step}", rows, command("segmentation_sample.py", flags))
 
 

@@ -18,6 +18,7 @@ from ..draw import montage
 from ..system import packages, storage
 from ..system.terminal import duration
 from ..training import validation
+from ..training.callback import Callback
 from .monitor import Monitor
 from .windows import Curves, Picture, Text
 
@@ -31,7 +32,7 @@ def environment(flags, folder):
     return flags["visdom_env"] or os.path.basename(os.path.abspath(folder))
 
 
-class TrainingView:
+class TrainingView(Callback):
     """Is it learning? Curves of all that is logged, and what the network makes of a few cases.
 
     :param folder: the results folder; flags: all flags of the run, a dict.
@@ -46,7 +47,7 @@ class TrainingView:
 
     def __init__(self, folder, flags, log_folder, end, global_batch, losses: Sequence[str], splits: Sequence[str] = (),
                  split_by: str = "part", cases=(), enabled=True):
-        self.flags, self.log_folder, self.end, self.global_batch = flags, log_folder, end, global_batch
+        self.flags, self.log_folder, self.last_step, self.global_batch = flags, log_folder, end, global_batch
         self.enabled, self.seen = enabled, 0
         self.run = Text("run", every=2, **LARGE)
         self.panel, shown = Picture("cases", width=1240, height=666), cases[:validation.SHOWN]
@@ -75,12 +76,12 @@ class TrainingView:
                                **monitor_flags(flags, enabled))
         self.progress = ProgressPicture(log_folder if enabled else None, losses)
 
-    def update(self):
+    def logged(self, loop=None):
         """Show what was logged since the last call."""
         self._read_log()
         self.progress.draw()
 
-    def show_cases(self, cases, masks, title):
+    def drawn(self, loop, cases, masks, title):
         """Show the ensembles, [n, H, W] bool, of Cases, and keep the picture as panel.png."""
         if self.enabled:
             shown = validation.SHOWN
@@ -103,13 +104,13 @@ class TrainingView:
 
         row = next((row for row in reversed(rows) if "lr" in row), {"step": 0})
         step, speed = row["step"], row.get("images_per_second")
-        facts = [f"step {step:,} of {self.end:,}" if self.end else f"step {step:,}, until it is stopped"]
+        facts = [f"step {step:,} of {self.last_step:,}" if self.last_step else f"step {step:,}, until it is stopped"]
         if speed:
             facts.append(f"{speed:.3g} images a second")
-        if self.end and step >= self.end:
+        if self.last_step and step >= self.last_step:
             facts.append("done")
-        elif self.end and speed:
-            facts.append(f"{duration((self.end - step) * self.global_batch / speed)} left")
+        elif self.last_step and speed:
+            facts.append(f"{duration((self.last_step - step) * self.global_batch / speed)} left")
         if row.get("bad_steps"):
             facts.append(f"{row['bad_steps']} steps skipped: their gradient was not finite")
         self.run.show(_page(facts, self.flags))

@@ -35,11 +35,12 @@ class Method(nn.Module, abc.ABC):
     `model` is the network that draws. It is trained and averaged, and its weights are what savedmodel*.pt and
     emasavedmodel*.pt hold. Other networks that are trained are submodules as well, and named by `training_networks`.
 
-    :cvar parts: names of the parts that the log splits losses by, such as quartiles of the timestep; () for none.
+    :cvar parts: names of the parts that the log splits losses by; () for none. parts_are: what one is, in words.
     """
 
     model: nn.Module
     parts: tuple[str, ...] = ()
+    parts_are: str = "part"
 
     # ---- from flags ----
 
@@ -58,8 +59,18 @@ class Method(nn.Module, abc.ABC):
         """Bring the flags into agreement with each other, in place.
 
         :param given: those that the user gave, by name.
-        :raises InputError: for flags that contradict each other, or have no effect.
+        :raises InputError: for flags that contradict each other.
         """
+
+    @classmethod
+    def idle_flags(cls, flags: SimpleNamespace) -> dict[str, str]:
+        """The method's flags that have no effect beside the others, each with the reason, as in "without --x"."""
+        return {}
+
+    @classmethod
+    def quick_flags(cls, flags: SimpleNamespace) -> dict:
+        """Sampling flags that draw well and soon, by name; validation cases are drawn so."""
+        return {}
 
     # ---- training ----
 
@@ -104,8 +115,13 @@ class Method(nn.Module, abc.ABC):
 
     @property
     def steps(self) -> int:
-        """How often `draw` calls on_step."""
-        return self.cost.mask
+        """How often `draw` calls on_step, at least once."""
+        return max(1, self.cost.mask)
+
+    @property
+    def advice(self) -> str:
+        """A flag that would draw much sooner, as half a sentence; "" if there is none."""
+        return ""
 
     @abc.abstractmethod
     def encode(self, images: Tensor):

@@ -45,7 +45,7 @@ class CIMD(Method):
     :param sampler: one of SAMPLERS, which walks over the steps of `diffusion`; sampler_options: its keywords.
     """
 
-    parts = ("q0", "q1", "q2", "q3")  # quartiles of the timestep, q0 with the least noise
+    parts, parts_are = ("q0", "q1", "q2", "q3"), "quarter of the timesteps"  # q0 with the least noise
 
     def __init__(self, diffusion: GaussianDiffusion, model: nn.Module, posterior: nn.Module | None = None,
                  prior: nn.Module | None = None, kl_weight: float = 0.0,
@@ -78,13 +78,19 @@ class CIMD(Method):
         process.settle_prediction(flags, given)
         if hasattr(flags, "sampler"):
             process.settle_sampler(flags, given)
-        idle = [flag.name for flag in encoders.FLAGS if given.get(flag.name, flag.default) != flag.default]
-        if idle and not getattr(flags, "kl_weight", 1):
-            raise InputError(f"{', '.join(f'--{name}' for name in idle)}: has no effect with --kl_weight 0, which"
-                             f" trains without AMN and ACN; leave it away")
-        if flags.rescale_learned_sigmas and not flags.learn_sigma and given.get("rescale_learned_sigmas"):
-            raise InputError("--rescale_learned_sigmas True: has no effect without --learn_sigma True; give that, or"
-                             " leave it away")
+
+    @classmethod
+    def idle_flags(cls, flags):
+        idle = {}
+        if not getattr(flags, "kl_weight", 1):
+            idle |= {flag.name: "with --kl_weight 0, which trains without AMN and ACN" for flag in encoders.FLAGS}
+        if not flags.learn_sigma:
+            idle["rescale_learned_sigmas"] = "without --learn_sigma True"
+        return idle
+
+    @classmethod
+    def quick_flags(cls, flags):
+        return {"sampler": "best", "sampling_steps": min(process.BEST["sampling_steps"], flags.diffusion_steps)}
 
     # ---- training ----
 
@@ -153,6 +159,12 @@ class CIMD(Method):
     @property
     def steps(self):
         return self.diffusion.num_timesteps
+
+    @property
+    def advice(self):
+        best = network_calls(SAMPLERS[process.BEST["sampler"]], process.BEST["sampling_steps"])
+        return "" if self.cost.mask <= 4 * best else (
+            f"--sampler best takes {best} network calls a mask rather than {self.cost.mask}")
 
     @torch.no_grad()
     def encode(self, images):

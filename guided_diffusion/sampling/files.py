@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from .. import checkpoint
 from ..data.cases import Case
 from ..data.masks import pack, packed_size, to_pixels, unpack
 from ..draw import montage
+from ..flags import FLAGS
 from ..system import storage
 from ..system.errors import InputError
 
@@ -105,6 +108,34 @@ def writing(path):
                          f" again: cases that are complete are kept") from None
 
 
+# Flags that the first fingerprints held; others join where they are not as they were then, so that these stay good
+_FIRST = {"image_size", "image_channels", "num_channels", "num_res_blocks", "channel_mult", "num_heads",
+          "num_heads_upsample", "num_head_channels", "attention_resolutions", "dropout", "class_cond", "use_checkpoint",
+          "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "use_fp16", "use_bf16", "learn_sigma",
+          "diffusion_steps", "noise_schedule", "timestep_respacing", "use_kl", "predict_xstart", "rescale_timesteps",
+          "rescale_learned_sigmas", "sampler", "ddim_eta", "clip_denoised", "median_blur"}
+_ONLY_IN_TRAINING = {"dropout": 0.0, "use_checkpoint": False}
+# these say which cases and how many masks are drawn, or are settled in other flags
+_NO_MATTER = {"data_dir", "model_path", "num_ensemble", "num_samples", "batch_size", "evaluate", "sampling_steps",
+              "timestep_spacing", "use_ddim"}
+
+
+def drawing_settings(args: SimpleNamespace, model_digest: str) -> list[dict[str, Any]]:
+    """What of all flags and the weights decides the masks of a case, as `fingerprint` takes it.
+
+    :returns: settings that mean the same; masks with the fingerprint of any are good. The first are today's.
+    """
+    settings = {"model": model_digest, "seed": args.seed}
+    for flag in FLAGS:
+        if flag.group in ("model", "diffusion", "method", "sampling") and flag.name not in _NO_MATTER:
+            value = getattr(args, flag.name)
+            if flag.name in _FIRST or value != flag.default:
+                settings[flag.name] = value
+    if settings["predict_xstart"]:
+        del settings["prediction"]  # says the same
+    return [{**settings, **_ONLY_IN_TRAINING}, settings]
+
+
 def fingerprint(case, **settings):
     """A hash of a case's image and of everything else that decides its samples."""
     text = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -112,9 +143,9 @@ def fingerprint(case, **settings):
     return text.hexdigest()
 
 
-def is_complete(folder, case_name, shape, wanted):
-    """Whether all files of a case are there, its samples of this shape (n, H, W) and from the settings with the
-    fingerprint `wanted`."""
+def is_complete(folder: str, case_name: str, shape: tuple[int, int, int], *wanted: str) -> bool:
+    """Whether all files of a case are there, its samples of this shape (n, H, W) and from settings with one of the
+    fingerprints `wanted`."""
     paths = [storage.join(folder, name) for name in result_names(case_name, shape[0])]
     if not all(map(storage.exists, paths)):
         return False
@@ -125,7 +156,7 @@ def is_complete(folder, case_name, shape, wanted):
         with np.load(io.BytesIO(storage.read_bytes(paths[-1])), allow_pickle=False) as stored:
             if sum(member.file_size for member in stored.zip.infolist()) > most:  # no more than that is unpacked
                 return False
-            return str(stored["fingerprint"]) == wanted and stored["samples"].shape == shape
+            return str(stored["fingerprint"]) in wanted and stored["samples"].shape == shape
     except Exception:  # numpy, zipfile and zlib raise almost anything on a damaged file
         return False
 
@@ -146,16 +177,17 @@ def keep_masks(folder: str, case_name: str, masks: np.ndarray, fingerprint: str)
         checkpoint.save(path, {"fingerprint": fingerprint, "masks": packed})
 
 
-def kept_masks(folder: str, case_name: str, shape: tuple[int, int, int], wanted: str) -> np.ndarray | None:
-    """What keep_masks has kept: masks of this shape (n, H, W), None unless they are whole and of the fingerprint
-    `wanted`."""
+def kept_masks(folder: str, case_name: str, shape: tuple[int, int, int], *wanted: str
+               ) -> np.ndarray | None:
+    """What keep_masks has kept: masks of this shape (n, H, W), None unless they are whole and of one of the
+    fingerprints `wanted`."""
     path = kept_file(folder, case_name)
     if not storage.exists(path):
         return None
     try:
         kept = checkpoint.load(path)
         packed = kept["masks"]
-        if kept["fingerprint"] != wanted or packed.shape != (shape[0], packed_size(*shape[1:])):
+        if kept["fingerprint"] not in wanted or packed.shape != (shape[0], packed_size(*shape[1:])):
             return None
         return unpack(packed.numpy(), *shape[1:])
     except (InputError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # damaged, or another's

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from .. import checkpoint, script_util
 from ..data import pictures, scaling
@@ -19,9 +20,10 @@ from ..data.cases import Case
 from ..data.fitting import fit_case, fit_spacing
 from ..data.masks import to_masks
 from ..data.readers.base import Readers, refuse_unused
-from ..flags import FLAGS, apply_stored_flags, check_value, defaults, pick
+from ..flags import FLAGS, apply_stored_flags, defaults, settle
 from ..system import packages, storage
 from ..system.errors import InputError
+from ..system.flag import check_value
 from .ensembles import EnsembleSampler, largest_batch
 from .files import write_case
 
@@ -98,9 +100,9 @@ class Segmenter:
         ensemble.masks, ensemble.mean, ensemble.outline_at(0.5), ensemble.area_interval(0.9)
     """
 
-    def __init__(self, model, flags, device, dtype=None):
-        self.model = model.to(device).eval().convert_for_sampling(dtype)
-        self.flags, self.device = flags, device
+    def __init__(self, model: nn.Module, flags: Mapping[str, Any], device: torch.device | str,
+                 dtype: torch.dtype | None = None):
+        self.model, self.flags, self.device, self.dtype = model.to(device), dict(flags), torch.device(device), dtype
 
     @classmethod
     def load(cls, path, device=None, bf16=False, **flags):
@@ -117,10 +119,14 @@ class Segmenter:
         if os.path.isdir(path) or (storage.is_remote(path) and not str(path).endswith(".pt")):
             path = storage.join(path, checkpoint.NEWEST)
         folder = storage.folder_of(path)
-        args = SimpleNamespace(**{**script_util.model_and_diffusion_defaults(), **flags})
+        known = defaults("model", "diffusion", "method")
+        if unknown := flags.keys() - known.keys():
+            raise TypeError(f"unknown flags: {', '.join(sorted(unknown))}")
+        args = SimpleNamespace(**{**known, **flags})
         apply_stored_flags(args, flags, checkpoint.load_flags(folder), folder)
         args.use_bf16 = args.use_bf16 or bf16
-        model, _ = script_util.create_model_and_diffusion(**vars(args))
+        settle(args, flags)
+        model = script_util.create_method(script_util.drawing_flags(args), training=False).model
         checkpoint.load_model(model, path, "checkpoint")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, vars(args), device, script_util.autocast_dtype(args))
@@ -167,10 +173,9 @@ class Segmenter:
         spacings = self._spacings(spacing, [contents for _, contents, _ in read], fit)
         cases = [self._prepare(case, case.name or label, fit) for case, label in zip(cases, labels)]
 
-        diffusion = script_util.create_gaussian_diffusion(**pick(args, "diffusion"))
+        method = script_util.create_method(args, self.model, training=False).prepare(self.dtype)
         largest = largest_batch(self.device, args.image_size) if batch_size == "auto" else int(batch_size)
-        sampler = EnsembleSampler(self.model, diffusion, batch_size=min(largest, max(1, len(cases)) * num_ensemble),
-                                  seed=args.seed, sampler=args.sampler)
+        sampler = EnsembleSampler(method, batch_size=min(largest, max(1, len(cases)) * num_ensemble), seed=args.seed)
         ensembles = [Ensemble(case._replace(name=case.name or label), samples, spacing, contents.info)
                      for label, spacing, (_, contents, _), (case, samples) in
                      zip(labels, spacings, read, sampler.ensembles(cases, num_ensemble))]
@@ -182,9 +187,7 @@ class Segmenter:
         for flag in FLAGS:
             if flag.group in ("sampling", "files and processes") and flag.name in given:
                 check_value(flag, given[flag.name], flag.name)
-        args = SimpleNamespace(**{**defaults("sampling"), **self.flags, **given})
-        script_util.choose_sampler(args, {})
-        return args
+        return script_util.drawing_flags(SimpleNamespace(**self.flags), **given)
 
     def _prepare(self, case, what, fit):
         """The Case as the model takes it, its image [C, S, S] float32 in [0, 1]; ValueError if it cannot."""

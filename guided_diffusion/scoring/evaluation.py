@@ -1,7 +1,6 @@
 """Scoring ensembles against raters over a whole set of cases: intervals, tables, files."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -19,7 +18,7 @@ from ..draw import montage
 from ..draw.report import page, pictures
 from ..draw.scored import ALL, BACKGROUND, MODEL, RATERS, ScoredCase, ensemble_sizes
 from ..sampling.files import writing
-from ..system import storage, terminal
+from ..system import packages, storage, terminal
 from ..system.errors import InputError
 from ..system.flag import parse_numbers
 
@@ -128,7 +127,7 @@ class Evaluation:
         """
         summary = self.summary()
         figure = None
-        if _has_matplotlib():
+        if packages.is_installed("matplotlib"):
             from ..draw.plots import score_figure
 
             figure = score_figure(self.rows, self.patients(), summary)
@@ -196,15 +195,14 @@ def counted(summary: Mapping[str, Any]) -> str:
 
 def report(summary: Mapping[str, Any], folder: str | Path) -> str:
     """What to print at the end: what was scored, the tables, the files, and how to look at them."""
-    charts = _has_matplotlib()
+    charts = packages.is_installed("matplotlib")
     files = [(what, storage.join(folder, name)) for what, name in (
         ("all cases, to look at", "report.html"), ("those of lowest GED", "best.png"),
         ("those of highest GED", "worst.png"), *[("charts", "scores.png")] * charts, ("every score", "scores.csv"),
         ("means and intervals", "scores.json"))]
     to_open = () if storage.is_remote(folder) else (
         "python", "-m", "webbrowser", Path(files[0][1]).absolute().as_uri())
-    left_out = "" if charts else ("scores.png is left out, and so is the figure of report.html: charts need matplotlib:"
-                                  " pip install matplotlib\n\n")
+    left_out = "" if charts else f"no charts in {folder}: {packages.missing('scores.png', 'matplotlib')}\n\n"
     return (f"{counted(summary)}; mean [95 % interval over patients]\n\n{score_table(summary)}\n\n{left_out}"
             f"{terminal.summary('scores written', files, to_open)}")
 
@@ -220,10 +218,6 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(word.ljust(width) for word, width in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-def _has_matplotlib():
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _best_and_worst(cases):

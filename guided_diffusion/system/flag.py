@@ -31,7 +31,9 @@ def number_or_auto(text: str) -> int | str:
 
 def check_value(flag: Flag, value: Any, name: str) -> None:
     """InputError, calling the flag `name`, unless this is a value of its type and within its limits."""
-    kinds = {float: (int, float), number_or_auto: (int, str)}.get(flag.type, (flag.type,))
+    kinds = (flag.type,)
+    if flag.choices is None:
+        kinds = {float: (int, float), number_or_auto: (int, str)}.get(flag.type, kinds)
     if flag.choices is not None:
         if value not in flag.choices:
             own = "" if isinstance(flag.type, tuple) else ", or one that --plugin FILE brings"

@@ -11,6 +11,7 @@ from guided_diffusion.commands import cli
 from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.flags import apply_stored_flags, pick, stored_flags
 from guided_diffusion.gaussian_diffusion import ModelVarType
+from guided_diffusion.metrics import SCORES
 from guided_diffusion.respace import SPACINGS
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.script_util import BEST, autocast_dtype, choose_sampler, create_gaussian_diffusion, create_model
@@ -40,7 +41,7 @@ OWN = {
                    timestep_spacing="uniform"),
 }
 EVALUATION_FLAGS = dict(
-    data_dir="./data/testing", samples_dir="./results", pattern="{case}_output{i}.png", num_samples="4,16,50,100",
+    data_dir="./data/testing", samples_dir="./results", pattern="{case}_output{i}.png", ensemble_sizes="4,16,50,100",
     skip_missing=False, patient_pattern=r"\D*\d+", output_dir="", fit="error", seed=0, ngpu=0, local_rank=None,
     dist_timeout=600.0)
 
@@ -88,12 +89,36 @@ def test_evaluation_has_flags_of_its_own_and_none_of_the_model():
     args, given = parse(EVALUATION)
     assert vars(args) == EVALUATION_FLAGS and given == {}
     assert all(type(getattr(args, name)) is type(default) for name, default in EVALUATION_FLAGS.items())
-    args, given = parse(EVALUATION, "--num_samples 2,8 --pattern {case}/{i:03d}.png --skip_missing yes --fit crop"
+    args, given = parse(EVALUATION, "--ensemble_sizes 2,8 --pattern {case}/{i:03d}.png --skip_missing yes --fit crop"
                                     " --local-rank=1")
-    assert given == {"num_samples": "2,8", "pattern": "{case}/{i:03d}.png", "skip_missing": True, "fit": "crop",
+    assert given == {"ensemble_sizes": "2,8", "pattern": "{case}/{i:03d}.png", "skip_missing": True, "fit": "crop",
                      "local_rank": 1}
     assert vars(args) == {**EVALUATION_FLAGS, **given}
     assert "did you mean --samples_dir?" in refusal(parse, EVALUATION, "--sample_dir x")
+
+
+def test_the_old_name_of_ensemble_sizes_is_taken_but_not_shown(capsys):
+    assert parse(EVALUATION, "--num_samples 2,8") == parse(EVALUATION, "--ensemble_sizes 2,8")
+    assert "--num_samples is the old name of --ensemble_sizes" in refusal(
+        parse, EVALUATION, "--num_samples 2 --ensemble_sizes 2")
+    assert parse(SAMPLING, "--num_samples 2")[0].num_samples == 2  # cases, as published
+    with pytest.raises(SystemExit):
+        parse(EVALUATION, "--help")
+    shown = capsys.readouterr().out
+    assert "--ensemble_sizes" in shown and "--num_samples" not in shown
+
+
+def test_help_of_scoring_says_what_each_score_is(capsys):
+    with pytest.raises(SystemExit):
+        parse(EVALUATION, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f" {name}: {score.help}" in shown for name, score in SCORES.entries.items()) and len(SCORES) > 10
+
+
+@pytest.mark.parametrize("flags", ["--ensemble_sizes 2", "--patient_pattern x"])
+def test_sampling_refuses_flags_of_scores_without_scores(flags):
+    assert refusal(parse, SAMPLING, flags) == f"{flags.split()[0]}: for scores only; give --evaluate True, too"
+    assert parse(SAMPLING, f"{flags} --evaluate True")[1]["evaluate"]
 
 
 @pytest.mark.parametrize("job, text, expected", [
@@ -227,6 +252,15 @@ def test_half_precision_without_cuda_names_the_alternative(monkeypatch):
     assert autocast_dtype(parse(TRAINING)[0]) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert autocast_dtype(parse(TRAINING, "--use_fp16 True")[0]) == torch.float16
+
+
+@pytest.mark.parametrize("text, mode", [
+    ("", "off"), ("--visdom off", "off"), ("--visdom_port 0", "off"), ("--visdom off --visdom_port 0", "off"),
+    ("--visdom connect", "connect"), ("--visdom_port 8097", "connect"), ("--visdom_server https://host", "connect"),
+    ("--visdom start", "start"), ("--visdom start --visdom_port 8000", "start")])
+def test_the_view_is_off_unless_it_or_a_server_is_asked_for(text, mode):
+    for job in (TRAINING, SAMPLING):
+        assert parse(job, text)[0].visdom == mode
 
 
 # ---- which sampler ----

@@ -39,7 +39,7 @@ def evaluate(run, data):
 def test_masks_of_any_model_are_scored_by_their_pattern(evaluate, data, tmp_path, undrawn):
     predict(data, tmp_path / "masks", 5, "{case}/mask_{i:02d}.png")
     before = tree(tmp_path / "masks")
-    result = evaluate("--pattern", "{case}/mask_{i:02d}.png", "--num_samples", "2")
+    result = evaluate("--pattern", "{case}/mask_{i:02d}.png", "--ensemble_sizes", "2")
     assert result.code == 0 and result.err == "" and tree(tmp_path / "masks") == before
     assert sorted(tree(tmp_path / "scores")) == FILES
     assert "3 cases of 3 patients, 5 masks and 1 to 4 raters" in result.out and "| GED " in result.out
@@ -66,7 +66,7 @@ def test_scores_go_beside_the_masks_by_default_and_again_over_the_old_ones(evalu
     assert evaluate("--output_dir", "").code == 0
     first = tree(tmp_path / "masks")
     assert set(FILES) < set(first) and not (tmp_path / "scores").exists()
-    assert evaluate("--output_dir", "", "--num_samples", "", "--seed", 1).code == 0
+    assert evaluate("--output_dir", "", "--ensemble_sizes", "", "--seed", 1).code == 0
     second = tree(tmp_path / "masks")
     assert second.keys() == first.keys() and second["scores.csv"] != first["scores.csv"]
 
@@ -76,10 +76,17 @@ def test_sampling_and_scoring_give_what_sampling_with_scores_gives(run, evaluate
              "--timestep_respacing", 3, "--seed", 7]
     assert run("segmentation_sample.py", *flags, "--results_dir", "masks").code == 0
     assert evaluate("--seed", 7).code == 0
-    result = run("segmentation_sample.py", *flags, "--results_dir", "direct", "--evaluate", "True")
+    direct = [*flags, "--results_dir", "direct", "--evaluate", "True"]
+    result = run("segmentation_sample.py", *direct)
     assert result.code == 0 and "3 cases of 3 patients, 5 masks" in result.out and "montage" not in result.out
     assert tree(tmp_path / "direct") == tree(tmp_path / "scores") and sorted(tree(tmp_path / "scores")) == FILES
     assert "GED_4" in (tmp_path / "scores" / "scores.csv").read_text()
+    others = ["--patient_pattern", "[a-z]+", "--ensemble_sizes", "2,5"]
+    assert evaluate("--seed", 7, *others, "--output_dir", "others").code == 0
+    assert "3 cases of 1 patients, 5 masks" in run("segmentation_sample.py", *direct, *others).out
+    assert tree(tmp_path / "direct") == tree(tmp_path / "others") != tree(tmp_path / "scores")
+    refused = run("segmentation_sample.py", *direct, "--ensemble_sizes", 6)
+    assert refused.code == 2 and "--ensemble_sizes 6: sizes of sub-ensembles go from 1 to 5" in refused.err
     again = run("segmentation_sample.py", *flags, "--results_dir", "masks", "--evaluate", "True")
     assert "0 of them already complete" in again.out  # masks that are there may be another model's
     assert (tmp_path / "masks" / "scores.csv").read_bytes() == (tmp_path / "scores" / "scores.csv").read_bytes()
@@ -131,9 +138,9 @@ def damage(how, data, masks):
     return {"pattern": (["--pattern", "{case}/{i}.png"], ["--pattern {case}/{i}.png: matches no file", "masks"]),
             "samples_dir": (["--samples_dir", "gone"], ["--samples_dir gone"]),
             "output_dir": (["--output_dir", "file/x"], ["--output_dir file/x: cannot be written"]),
-            "too many": (["--num_samples", "2,3"], ["--num_samples 2,3: ", "1 to 2"]),
-            "too few": (["--num_samples", "0"], ["--num_samples 0: "]),
-            "no numbers": (["--num_samples", "2,all"], ["--num_samples 2,all: "]),
+            "too many": (["--ensemble_sizes", "2,3"], ["--ensemble_sizes 2,3: ", "1 to 2"]),
+            "too few": (["--ensemble_sizes", "0"], ["--ensemble_sizes 0: "]),
+            "no numbers": (["--ensemble_sizes", "2,all"], ["--ensemble_sizes 2,all: "]),
             "patients": (["--patient_pattern", "(\\d"], ["--patient_pattern (\\d: "])}[how]
 
 
@@ -166,7 +173,7 @@ def test_missing_masks_may_be_skipped_but_no_size_of_ensemble(evaluate, data, tm
     result = evaluate("--skip_missing", "True")
     assert result.code == 0 and "2 cases of 2 patients" in result.out
     (masks / "case2_output1.png").unlink()
-    assert "1 to 1, the fewest masks" in evaluate("--skip_missing", "True", "--num_samples", 2).err
+    assert "1 to 1, the fewest masks" in evaluate("--skip_missing", "True", "--ensemble_sizes", 2).err
 
 
 def test_two_folders_of_one_case_name_are_refused(evaluate, data, tmp_path, undrawn):

@@ -146,7 +146,11 @@ def test_results_folder_at_or_below_a_file_is_refused_by_both_scripts(train, sam
     (["--val_dir", "nowhere", "--sample_interval", 9], "--val_dir nowhere: no such folder"),
     (["--val_dir", "data", "--sample_interval", 0], "--sample_interval 0"),
     (["--val_cases", 3], "--val_dir"), (["--visdom", "start", "--visdom_port", 0], "--visdom_port 0"),
-    (["--visdom", "start", "--visdom_server", "https://host"], "--visdom_server")])
+    (["--visdom", "start", "--visdom_server", "https://host"], "--visdom_server"),
+    (["--visdom", "connect", "--visdom_port", 0], "--visdom connect and --visdom_port 0: choose one"),
+    (["--visdom", "off", "--visdom_port", 8000], "--visdom off and --visdom_port 8000: choose one"),
+    (["--visdom", "off", "--visdom_server", "https://host"], "--visdom off and --visdom_server https://host: choose"),
+    (["--visdom_server", "https://host", "--visdom_port", 0], "--visdom_port 0: choose one")])
 def test_flags_of_the_view_that_make_no_sense_are_refused(run, make_cases, tmp_path, tiny, flags, words):
     result = run("segmentation_train.py", "--data_dir", make_cases(tmp_path / "data"), *tiny, "--max_steps", 1, *flags)
     assert result.code == 2 and words in result.err, result.err

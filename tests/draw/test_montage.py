@@ -10,13 +10,11 @@ from PIL import Image, ImageDraw
 
 from guided_diffusion import metrics
 from guided_diffusion.data.cases import Case
-from guided_diffusion.draw import montage
+from guided_diffusion.draw import montage, style
 from guided_diffusion.draw.montage import (
-    ENSEMBLE,
     IN_PANEL,
     LARGE,
     MARGIN,
-    OUTLINES,
     SMALL,
     case_montage,
     film,
@@ -24,6 +22,7 @@ from guided_diffusion.draw.montage import (
     png,
     stack,
 )
+from guided_diffusion.draw.style import ENSEMBLE, OUTLINES
 
 FRAME = (170, 170, 170)  # every cell has a frame of this colour
 YELLOW, VIOLET = (253, 231, 37), (68, 1, 84)
@@ -264,7 +263,7 @@ def test_names_in_any_script_stay_apart(texts):
 
 
 def test_pictures_need_no_matplotlib(texts, monkeypatch):
-    caches = montage._font, montage._drawable
+    caches = style.font, style.drawable
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

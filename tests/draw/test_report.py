@@ -14,7 +14,7 @@ from helpers.scoring import gather_into
 from PIL import Image
 
 from guided_diffusion import metrics
-from guided_diffusion.draw import montage, plots, report
+from guided_diffusion.draw import montage, plots, report, style
 from guided_diffusion.scoring.evaluation import Evaluation
 
 SIDE = 12
@@ -83,7 +83,7 @@ def test_the_table_holds_the_numbers_of_the_csv_and_names_as_text(written):
     with open(folder / "scores.csv", encoding="utf-8", newline="") as file:
         expected = list(csv.DictReader(file))
     rows = read.rows[-len(NAMES):]
-    assert [row["case"] for row in expected] == sorted(NAMES) and len(read.scripts) == len(NAMES) + 1
+    assert [row["case"] for row in expected] == sorted(NAMES) and len(read.scripts) == len(NAMES) + 2
     for row, line in zip(rows, expected):
         assert [row[1][0], row[2][0]] == [line["case"], line["patient"]]
         columns = ["raters", "members", *metrics.SCORES, "GED_2"]
@@ -235,6 +235,6 @@ def test_raters_who_agree_share_their_outline_in_the_page(browser, tmp_path):
     inner = np.logical_and.reduce([padded[:, dy:dy + large.shape[1], dx:dx + large.shape[2]]
                                    for dy, dx in ((0, 2), (4, 2), (2, 0), (2, 4))]) & large
     assert (drawn == (large & ~inner).any(0)).all()
-    colours = [(pixels == montage.OUTLINES[k]).all(2) for k in range(4)]
+    colours = [(pixels == style.OUTLINES[k]).all(2) for k in range(4)]
     assert (sum(colours) == drawn).all() and (colours[3] == (large & ~inner)[3]).all()
     assert all(colour.sum() > 0.2 * (large & ~inner)[0].sum() for colour in colours[:3])

@@ -69,7 +69,7 @@ class Recorder:
 def show(port, server=""):
     """Send a picture and a curve, or give up."""
     _, curves, picture = windows = [Text("run"), Curves("loss", ["loss"]), Picture("cases", width=110, height=36)]
-    monitor = Monitor("private", windows, port=port, server=server)
+    monitor = Monitor("private", windows, port=port, server=server, mode="connect")
     picture.show(lambda: Image.new("RGB", (20, 10), "red"))
     curves.add(1, {"loss": 1.0})
     monitor.close(PATIENCE)
@@ -185,7 +185,7 @@ def test_every_name_of_a_run_is_that_of_a_page(shared_server, name):
     env = environment_name(name)
     assert env and not set(env) & set("/+%#?\\_'&")
     curves = Curves("loss", ["loss"])
-    monitor = Monitor(name, [curves], port=shared_server.port)
+    monitor = Monitor(name, [curves], port=shared_server.port, mode="connect")
     curves.add(1, {"loss": 1.0})
     monitor.close(PATIENCE)
     assert "loss" in shared_server.windows(env)

@@ -19,28 +19,11 @@ from helpers.visdom import PATIENCE, Server, free_port, points, wait_for, window
 from PIL import Image
 
 from guided_diffusion import logger
+from guided_diffusion.live import server as visdom_server
 from guided_diffusion.live.client import visdom_client
 from guided_diffusion.live.monitor import Monitor, recorded
 from guided_diffusion.live.windows import Curves, Picture, Text
-
-IMPORTS = """
-import sys
-
-connections = []
-sys.addaudithook(lambda event, args: connections.append((event, args)) if event.startswith("socket.") else None)
-
-import importlib
-import pkgutil
-import guided_diffusion
-
-for module in pkgutil.walk_packages(guided_diffusion.__path__, "guided_diffusion."):
-    importlib.import_module(module.name)
-assert "guided_diffusion.live.monitor" in sys.modules and "guided_diffusion.dist_util" in sys.modules
-import torch.distributed
-
-print(sorted({"visdom", "mpi4py", "blobfile"} & set(sys.modules)), torch.distributed.is_initialized(),
-      [call for call in connections if call[0] in ("socket.connect", "socket.bind", "socket.getaddrinfo")])
-"""
+from guided_diffusion.system.packages import install_command
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +49,8 @@ def server(tmp_path):
 def view(env, server=None, **options):
     """A text, a curve and a picture window, and a Monitor that draws them."""
     windows = [Text("run"), Curves("loss", ["loss", "kl"], log=True), Picture("cases", width=110, height=36)]
-    return *windows, Monitor(env, windows, **({"port": server.port} if isinstance(server, Server) else {}), **options)
+    port = {"port": server.port} if server else {}
+    return *windows, Monitor(env, windows, **{"mode": "connect", **port, **options})
 
 
 def red():
@@ -172,13 +156,31 @@ def test_port_0_draws_nothing_and_says_nothing(capsys, tmp_path):
     assert not monitor.active and capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
+def test_off_sends_and_records_nothing_but_says_how_to_reach_a_server_that_listens(capsys, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        _, curves, _, monitor = view("off", port=port, folder=tmp_path, mode="off")
+        curves.add(1, {"loss": 1.0})
+        monitor.close()
+        listening.settimeout(PATIENCE)
+        assert listening.accept()[0].recv(1) == b""  # it was looked for, and sent nothing
+        listening.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            listening.accept()
+    out, err = capsys.readouterr()
+    assert err == "" and out.count("\n") == 1 and f"port {port}" in out and "--visdom connect" in out
+    assert not monitor.active and not list(tmp_path.iterdir())
+    assert not view("off", port=port, mode="off")[-1].active and capsys.readouterr() == ("", "")
+
+
 def test_absent_package_costs_one_line(capsys, monkeypatch, shared_server):
     monkeypatch.setitem(sys.modules, "visdom", None)
     _, curves, _, monitor = view("absent", shared_server)
     curves.add(1, {"loss": 1.0})
     monitor.close()
     out, err = capsys.readouterr()
-    assert not monitor.active and err == "" and out.count("\n") == 1 and "visdom is not installed" in out
+    assert not monitor.active and err == "" and out.count("\n") == 1
+    assert f"--visdom connect needs the package visdom: {install_command('visdom')}" in out
 
 
 def test_a_package_that_lacks_something_costs_one_line(capsys, monkeypatch, shared_server):
@@ -206,7 +208,7 @@ def test_absent_server_costs_one_line_and_gets_all_once_it_is_there(capsys, impa
         time.sleep(3 * Monitor.patience)
     picture.show(red)
     out, err = capsys.readouterr()
-    assert err == "" and out.count("\n") == 1 and f"127.0.0.1:{port} does not answer" in out and "make visdom" in out
+    assert err == "" and out.count("\n") == 1 and f"127.0.0.1:{port} does not answer" in out and "--visdom start" in out
     server = Server(tmp_path, port)
     try:
         wait_for(lambda: "cases" in server.windows("late"), "the view")
@@ -290,7 +292,7 @@ def test_a_server_is_started_if_asked_for_and_stays(environment, tmp_path):
 from guided_diffusion.live.monitor import Monitor
 from guided_diffusion.live.windows import Curves
 curves = Curves("loss", ["loss"])
-monitor = Monitor("started", [curves], port={port}, start=True)
+monitor = Monitor("started", [curves], port={port}, mode="start")
 curves.add(1, {{"loss": 1.0}})
 monitor.close({PATIENCE})
 monitor.close({PATIENCE})
@@ -371,7 +373,7 @@ def test_the_log_is_kept_without_a_server_and_goes_on_behind_a_line_that_was_cut
 def test_a_full_disk_costs_lines_of_the_log_only(tmp_path, disk):
     disk("size=64k")
     picture = Picture("noise", width=310, height=291)
-    monitor = Monitor("full", [picture], tmp_path / "results", port=free_port())
+    monitor = Monitor("full", [picture], tmp_path / "results", port=free_port(), mode="connect")
     for size in (8, 300, 8, 300, 8):
         noise = np.random.default_rng(0).integers(0, 255, (size, size, 3), np.uint8)
         picture.show(lambda noise=noise: Image.fromarray(noise))
@@ -404,7 +406,12 @@ def test_replaying_to_no_server_says_how_to_start_one(run, tmp_path):
     assert result.code == 2 and "no Visdom server" in result.err and "--visdom start" in result.err
 
 
-def test_importing_the_library_loads_and_connects_to_nothing(environment):
-    result = subprocess.run([sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[] False []"
+def test_replaying_and_the_server_name_the_package_that_is_missing(run, tmp_path, monkeypatch):
+    view("kept", port=free_port(), folder=tmp_path)[-1].close(PATIENCE)
+    monkeypatch.setitem(sys.modules, "visdom", None)
+    result = run("visdom_replay.py", "--results_dir", tmp_path, "--visdom_port", free_port())
+    assert result.code == 2 and install_command("visdom") in result.err, result.err
+    monkeypatch.setattr(sys, "argv", ["server"])
+    with pytest.raises(SystemExit, match="visdom") as stop:
+        visdom_server.main()
+    assert install_command("visdom") in str(stop.value)

@@ -199,7 +199,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_progress_picture_is_drawn_beside_the_run_and_takes_little_of_its_time(tmp_path, monkeypatch):
     logger.configure(tmp_path)
-    picture = ProgressPicture(tmp_path, delay=0)
+    picture = ProgressPicture(tmp_path, ["loss"], delay=0)
     drawn = []
     monkeypatch.setattr(picture, "_draw", lambda rows: drawn.append(len(rows)))
     for step in range(3):
@@ -222,7 +222,8 @@ def test_masks_of_a_case_are_shown_as_they_are_drawn(make_cases, tmp_path, train
     model, diffusion = script_util.create_model_and_diffusion(**MODEL, timestep_respacing="3")
     checkpoint.load_model(model, trained / "savedmodel.pt")
     cases = list(SegmentationCases(make_cases(tmp_path / "data", count=2, raters=2), 16))
-    view = views.SamplingView("x", {**flags.defaults("sampling", "results", "visdom"), "visdom_port": 0}, None, 2, 3)
+    view = views.SamplingView("x", {**flags.defaults("sampling", "results", "visdom", "server"), "visdom_port": 0},
+                              None, 2, 3)
     view.monitor, view.film.every = SimpleNamespace(active=True), 0
     shown, films = [], []
     monkeypatch.setattr(view.case, "show", lambda make: (make(), shown.append(seen[-1])))
@@ -247,17 +248,19 @@ def test_masks_of_a_case_are_shown_as_they_are_drawn(make_cases, tmp_path, train
                      for frames in (1, 2, 3)]
 
 
-def test_training_and_sampling_need_neither_matplotlib_nor_scipy_nor_visdom(processes, make_cases, tmp_path, tiny):
+def test_training_and_sampling_need_no_package_of_the_extras(processes, make_cases, tmp_path, tiny):
     data, folder = make_cases(tmp_path / "data"), tmp_path / "results"
     for script, words in (("train", [*tiny, "--max_steps", 2, "--log_interval", 1, "--val_dir", data]),
                           ("sample", ["--sampler", "best"])):
         words = [f"segmentation_{script}.py", "--data_dir", data, "--results_dir", folder, *words]
         result = processes(sys.executable, "-c", f"""
 import runpy, sys
-sys.modules.update(dict.fromkeys(["matplotlib", "scipy", "visdom"]))
+sys.modules.update(dict.fromkeys(["blobfile", "matplotlib", "mpi4py", "visdom"]))
 sys.argv = {list(map(str, words))!r}
 runpy.run_path({str(ROOT / "scripts" / words[0])!r}, run_name="__main__")
 """)
         assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+        named = "progress.png needs the package matplotlib: pip install matplotlib; going on without"
+        assert result.stdout.count(named) == result.stdout.count("progress.png") == (script == "train")
     assert "val_GED_16" in rows_of(folder)[-1] and (folder / "panel.png").exists()
     assert (folder / "case1_montage.png").exists() and not (folder / "progress.png").exists()

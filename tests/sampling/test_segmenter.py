@@ -1,6 +1,7 @@
 """The Python door: load a checkpoint, hand it a scan, get an ensemble."""
 
 import shutil
+import sys
 
 import matplotlib.path
 import numpy as np
@@ -83,6 +84,12 @@ def test_outline_runs_between_the_pixels_that_are_so_probable_and_the_others(p):
         inside += matplotlib.path.Path(line).contains_points(np.stack([x.ravel(), y.ravel()], 1))
     assert np.array_equal(inside.reshape(16, 20) % 2 == 1, ensemble.mean >= p)
     assert len(outlines) == (1 if p < 0.2 else 2)
+
+
+def test_outline_names_the_package_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "contourpy", None)
+    message = refusal(ensemble_of(np.ones((1, 16, 16), bool)).outline_at)
+    assert message == "outline_at needs the package contourpy: pip install contourpy"
 
 
 def test_outline_of_one_pixel_is_around_its_centre_and_that_of_nothing_is_empty():

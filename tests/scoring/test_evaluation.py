@@ -1,12 +1,12 @@
 """What is scored, summed up, drawn and written about a set of cases."""
 
-import importlib.util
 import io
 import itertools
 import json
 import random
 import re
 import shlex
+import sys
 import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,7 +21,8 @@ from PIL import Image
 from guided_diffusion import metrics
 from guided_diffusion.draw import montage, plots
 from guided_diffusion.scoring import evaluation
-from guided_diffusion.scoring.evaluation import Evaluation, report, sub_ensemble_sizes
+from guided_diffusion.scoring.evaluation import Evaluation, parse_ensemble_sizes, report
+from guided_diffusion.system.registry import load_plugin
 
 SIDE = 12
 NAMES = ["GED", "GED_unbiased", "HM_IoU", "D_max", "S_c", "D_a", "CI", "soft_Dice", "ECE", "diversity",
@@ -324,19 +325,90 @@ def test_report_tells_what_was_scored_and_where_it_is_and_how_to_look_at_it(ragg
 
 
 def test_sizes_of_sub_ensembles_are_refused_if_asked_for_and_impossible():
-    assert sub_ensemble_sizes("4,16", 16) == [4, 16] and sub_ensemble_sizes("", 3) == []
-    assert sub_ensemble_sizes("4,16,50", 16, required=False) == [4, 16]
-    assert "--num_samples 4,17: " in refusal(sub_ensemble_sizes, "4,17", 16)
-    assert "1 to 16" in refusal(sub_ensemble_sizes, "0", 16, required=False)
-    assert "--num_samples 4,many" in refusal(sub_ensemble_sizes, "4,many", 16)
+    assert parse_ensemble_sizes("4,16", 16) == [4, 16] and parse_ensemble_sizes("", 3) == []
+    assert parse_ensemble_sizes("4,16,50", 16, required=False) == [4, 16]
+    assert "--ensemble_sizes 4,17: " in refusal(parse_ensemble_sizes, "4,17", 16)
+    assert "1 to 16" in refusal(parse_ensemble_sizes, "0", 16, required=False)
+    assert "--ensemble_sizes 4,many" in refusal(parse_ensemble_sizes, "4,many", 16)
 
 
-@pytest.mark.parametrize("missing", [["scipy"], ["matplotlib"], ["scipy", "matplotlib"]])
-def test_packages_that_are_missing_are_named_before_anything_is_scored(monkeypatch, missing):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
-    assert refusal(Evaluation) == f"scoring needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+def test_without_matplotlib_all_but_the_charts_is_written_and_the_report_says_so(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "scores.png").write_bytes(b"of earlier scores")
+    evaluation = Evaluation()
+    mask = np.ones((1, 8, 8), bool)
+    evaluation.add("case1", np.zeros((1, 8, 8)), mask, mask)
+    summary = evaluation.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "scores.json", "best.png", "worst.png",
+                                                          "report.html"}
+    assert 'class="figure"' not in (tmp_path / "report.html").read_text()
+    said = report(summary, tmp_path)
+    assert said.count("scores.png") == 1 and "scores.png needs the package matplotlib: pip install matplotlib" in said
 
 
 def test_patient_pattern_must_be_a_regular_expression():
     assert "--patient_pattern a(b: " in refusal(Evaluation, patient_pattern="a(b")
+
+
+# ---- a score of the user's ----
+
+AREA = """
+from guided_diffusion.metrics import SCORES
+from guided_diffusion.system.flag import Flag
+
+@SCORES.add("area_error", "area of the masks less that of the raters", [Flag("area_unit", float, 1.0, "", "scoring")])
+def area_error(agreement, area_unit):
+    return (agreement.area[..., :agreement.n].mean(-1) - agreement.area[..., agreement.n:].mean(-1)) / area_unit
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """plugin(text): run a file of this text as --plugin does; its scores are there until the end of the test."""
+    monkeypatch.setattr(metrics.SCORES, "_entries", dict(metrics.SCORES.entries))
+
+    def load(text):
+        file = tmp_path / "mine.py"
+        file.write_text(text)
+        load_plugin(str(file))
+        return file
+
+    return load
+
+
+def test_a_score_in_a_plugin_is_in_every_table_chart_and_file(plugin, drawn, ragged, tmp_path, monkeypatch):
+    plugin(AREA)
+    result = evaluated(ragged, sizes=[2], options={"area_unit": 2.0, "another flag": "x"})
+    summary = result.summary()
+    expected = [(predictions.sum((1, 2)).mean() - raters.sum((1, 2)).mean()) / 2 for *_, raters, predictions in ragged]
+    assert summary["all"]["area_error"]["mean"] == pytest.approx(np.mean(expected))
+    assert [row.score("area_error") for row in result.rows] == pytest.approx(expected)
+    (tmp_path / "scores").mkdir()
+    plots.score_figure(result.rows, result.patients(), summary)
+    assert "area_error" in [label.get_text() for label in drawn[-1].axes[0].get_yticklabels()]
+    monkeypatch.setattr(plots, "png", lambda figure: b"")
+    result.write(tmp_path / "scores")
+    header, rows = read_csv((tmp_path / "scores" / "scores.csv").read_text())
+    assert [float(row[header.index("area_error")]) for row in rows] == pytest.approx(expected)
+    assert "area_error_2" in header and list(strict_json((tmp_path / "scores" / "scores.json").read_text())["2"]) == [
+        *NAMES, "area_error"]
+    page = (tmp_path / "scores" / "report.html").read_text()
+    assert "area_error</button>" in page and '"area_error":' in page
+    assert report(summary, "").count("area_error") == 2
+
+
+@pytest.mark.parametrize("body, words", [
+    ("return agreement.no_such", "line 4: AttributeError: "),
+    ("return agreement.area", "gave values of the shape [1, 2], not [1]"),
+    ("return agreement.area.sum(-1) / 0", "not finite"),
+    ("return None", "TypeError")])
+def test_a_score_that_fails_is_named_with_its_file_before_anything_is_scored(plugin, body, words):
+    file = plugin("from guided_diffusion.metrics import SCORES\n@SCORES.add('mine')\n"
+                  f"def mine(agreement):\n    {body}\n")
+    message = refusal(Evaluation)
+    assert message.startswith(f"the score mine, in {file}, ") and words in message
+
+
+def test_two_scores_of_one_name_are_refused_with_both_files(plugin):
+    message = refusal(plugin, "from guided_diffusion.metrics import SCORES\n@SCORES.add('GED')\ndef mine(a): pass\n")
+    assert message.startswith("score GED: is in ") and metrics.__file__ in message and "mine.py" in message

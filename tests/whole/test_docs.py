@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser
 from guided_diffusion import Segmenter
 from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.commands.phantoms import create_argparser
+from guided_diffusion.flags import FLAGS
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (
     *(ROOT / f"{name}.md" for name in ("README", "SECURITY", "CONTRIBUTING", "CHANGELOG")), ROOT / "data" / "README.md",
@@ -52,8 +53,7 @@ def known_flags():
     """Every flag of the commands, the benchmarks and torchrun, as their own code has it."""
     benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
     return {"version", *flags_of(argparse.ArgumentParser()), *flags_of(create_argparser()),
-            *flags_of(get_args_parser()),
-            *(flag for job in set(JOBS.values()) - {"phantoms"} for flag in vars(parse_flags(job, "", [])[0])),
+            *flags_of(get_args_parser()), *(flag.name for flag in FLAGS),
             *re.findall(r'add_argument\("--(\w+)"', benchmarks)}
 
 
@@ -96,7 +96,7 @@ def test_the_pages_show_the_commands_that_these_tests_read():
     assert {name for _, name, _ in COMMANDS} >= JOBS.keys() - {"visdom_replay", "make_phantoms"}
 
 
-@pytest.mark.parametrize("page, name, flags", COMMANDS)
+@pytest.mark.parametrize("page, name, flags", COMMANDS, ids=[f"{page}: {name}" for page, name, _ in COMMANDS])
 def test_every_command_of_a_page_is_understood(page, name, flags):
     for variable, value in VARIABLES.items():
         flags = flags.replace(f"${variable}", value)
