@@ -13,7 +13,7 @@ from helpers.files import ROOT
 from helpers.models import MODEL
 from torch.distributed.run import get_args_parser
 
-from guided_diffusion import Segmenter
+from guided_diffusion import Segmenter, __version__
 from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.commands.phantoms import create_argparser
 from guided_diffusion.flags import FLAGS
@@ -114,6 +114,12 @@ def test_moved_imports_are_where_the_changelog_says():
         pkgutil.resolve_name(new)
         with pytest.raises((ImportError, AttributeError)):
             pkgutil.resolve_name(old)
+
+
+def test_changelog_and_citation_are_of_this_version():
+    assert re.search(r"^## (\S+)", PAGES["CHANGELOG.md"], re.MULTILINE)[1] == __version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == __version__
 
 
 def run_lines(code, names):
