@@ -5,7 +5,7 @@ A mask is 1 on the foreground and 0 elsewhere. Here it takes five forms:
     masks      [..., H, W] bool
     packed     [R, ceil(H * W / 8)] uint8, a bit a pixel, rows of a mask one after another
     pixels     [..., H, W] uint8, 0 or 255, as in a picture file
-    diffusion  [N, 1, H, W] float, background RANGE[0] and foreground RANGE[1]: x_0 of the diffusion process
+    diffusion  [N, CHANNELS, H, W] float, background RANGE[0] and foreground RANGE[1]: x_0 of the diffusion process
     samples    [n, H, W] float, background 0 and foreground 1, as drawn, before they are cut at THRESHOLD
 """
 
@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageFilter
 
 RANGE = 0.0, 1.0  # what background and foreground are in the diffusion process, as published
+CHANNELS = 1  # of the diffusion process: one tells background from foreground
 THRESHOLD = 0.5  # samples above it are foreground
 
 
@@ -40,13 +41,13 @@ def unpack(packed: np.ndarray, height: int, width: int) -> np.ndarray:
 # ---- the diffusion variable ----
 
 def to_diffusion(masks: torch.Tensor) -> torch.Tensor:
-    """Masks as floats, 0 and 1 -> x_0 of the diffusion process."""
+    """Masks [N, 1, H, W] as floats, 0 and 1 -> x_0 of the diffusion process, [N, CHANNELS, H, W]."""
     low, high = RANGE
     return masks * (high - low) + low
 
 
 def from_diffusion(x: torch.Tensor) -> torch.Tensor:
-    """x_0 of the diffusion process -> samples, background 0 and foreground 1."""
+    """x_0 of the diffusion process, [N, CHANNELS, H, W] -> samples [N, 1, H, W], background 0 and foreground 1."""
     low, high = RANGE
     return (x - low) / (high - low)
 
