@@ -11,13 +11,15 @@ MODEL = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=
 SIZE = 16  # pixels a side
 
 
-def make_cimd(seed=0, kl_weight=0.001, num_channels=32, dropout=0.0, use_scale_shift_norm=True, **diffusion):
+def make_cimd(seed=0, kl_weight=0.001, num_channels=32, dropout=0.0, use_scale_shift_norm=True, schedule_sampler=None,
+              **diffusion):
+    """CIMD with small networks; `diffusion` are options of create_gaussian_diffusion."""
     torch.manual_seed(seed)
     model = create_model(image_size=SIZE, image_channels=1, num_channels=num_channels, channel_mult="1,2",
                          num_res_blocks=1, num_heads=1, attention_resolutions="8", dropout=dropout,
                          use_scale_shift_norm=use_scale_shift_norm, learn_sigma=diffusion.get("learn_sigma", False))
     encoders = create_encoders(num_filters="8,16", no_convs_per_block=2, kl_weight=kl_weight, image_channels=1)
-    return CIMD(create_gaussian_diffusion(**diffusion), model, *encoders, kl_weight)
+    return CIMD(create_gaussian_diffusion(**diffusion), model, *encoders, kl_weight, schedule_sampler)
 
 
 def awake(cimd, seed=0):
