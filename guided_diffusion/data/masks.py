@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageFilter
 
 RANGE = 0.0, 1.0  # what background and foreground are in the diffusion process, as published
+DTYPE = bool  # of masks in memory
 CHANNELS = 1  # of the diffusion process: one tells background from foreground
 THRESHOLD = 0.5  # samples above it are foreground
 
@@ -35,7 +36,7 @@ def packed_size(height: int, width: int) -> int:
 def unpack(packed: np.ndarray, height: int, width: int) -> np.ndarray:
     """Packed [R, ceil(H * W / 8)] uint8 -> masks [R, H, W] bool."""
     bits = np.unpackbits(packed, axis=1, count=height * width)
-    return bits.astype(bool).reshape(len(packed), height, width)
+    return bits.astype(DTYPE).reshape(len(packed), height, width)
 
 
 # ---- the diffusion variable ----
@@ -61,7 +62,12 @@ def to_masks(samples: np.ndarray, median_blur: int = 0) -> np.ndarray:
     return masks
 
 
-# ---- pictures ----
+# ---- pictures and labels ----
+
+def of_label(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of a label, [C, H, W] -> mask [H, W], what is above half of full scale in any channel."""
+    return from_pixels(pixels).any(axis=0)
+
 
 def to_pixels(masks: np.ndarray) -> np.ndarray:
     """Masks [..., H, W] bool -> uint8, 0 or 255."""
