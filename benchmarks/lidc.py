@@ -86,7 +86,7 @@ def sample(args):
     count = min(args.num_cases or len(cases), len(cases))
     chosen = [cases[i * len(cases) // count] for i in range(count)]
     evaluation = Evaluation(device=sampler.device)
-    seconds, calls = 0.0, sampler.calls
+    seconds, calls = 0.0, sampler.method.cost.mask
     with tqdm(total=count, desc="sampling", unit=" cases") as bar:
         start = time.perf_counter()
         for case, samples in sampler.ensembles(chosen, args.num_ensemble):
