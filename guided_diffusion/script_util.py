@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from .data import masks
 from .flags import defaults, settle
 from .methods import METHODS
 from .methods.base import Method
@@ -34,7 +35,8 @@ def create_model_and_diffusion(**flags) -> tuple[nn.Module, SpacedDiffusion]:
         raise TypeError(f"unknown flags: {', '.join(sorted(unknown))}")
     f = SimpleNamespace(**{**known, **flags})
     settle_prediction(f, {})
-    return NETWORKS[f.network](f, 1, 2 if f.learn_sigma else 1), diffusion_from_flags(f)
+    channels = masks.CHANNELS
+    return NETWORKS[f.network](f, channels, channels * (2 if f.learn_sigma else 1)), diffusion_from_flags(f)
 
 
 def create_method(flags: SimpleNamespace, model: nn.Module | None = None, training: bool = True) -> Method:

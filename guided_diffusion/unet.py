@@ -122,7 +122,8 @@ class AttentionBlock(nn.Module):
 class UNetModel(nn.Module):
     """The full U-Net with attention and timestep embedding.
 
-    :param image_size: side of the input; only recorded, the network itself takes any side it can halve.
+    :param image_size: side of the input that it is made for, by which convert_for_sampling chooses the layout of
+        memory; the network itself takes any side it can halve.
     :param in_channels, out_channels: channels of x and of the prediction.
     :param model_channels: base channel count, a multiple of 32.
     :param num_res_blocks: residual blocks a level.

@@ -16,6 +16,7 @@ from guided_diffusion.gaussian_diffusion import (
     ModelVarType,
     get_named_beta_schedule,
 )
+from guided_diffusion.predictions import PREDICTIONS
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.system.errors import InputError
 
@@ -178,6 +179,47 @@ def test_noise_and_x_start_convert_into_each_other(schedule, dtype, tolerance):
     torch.testing.assert_close(back, noise, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_target_and_x_start_are_inverse_to_each_other(prediction, schedule):
+    """At every noise level, for any x_0, be it far out of the range of masks. One that predicts noise gets back as
+    many digits of x_0 as x_t has of it, its share sqrt(abar)."""
+    betas = get_named_beta_schedule(schedule, 1000)
+    diffusion, t = make(betas, mean=prediction), torch.arange(1000)
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise = 3 * torch.randn(2, 1000, 1, 2, 2, generator=generator, dtype=torch.float64)
+    x_t = diffusion.q_sample(x_start, t, noise)
+    target = PREDICTIONS[prediction].target(diffusion, x_start, noise, t)
+    error = (PREDICTIONS[prediction].x_start(diffusion, target, x_t, t) - x_start).abs().amax((1, 2, 3))
+    share = (1 - betas).cumprod(0).sqrt() if prediction == "eps" else 1
+    assert (error * share).max() < 1e-13
+    other = torch.randn(x_t.shape, generator=generator, dtype=torch.float64)  # and an output that no x_0 gave
+    found = PREDICTIONS[prediction].x_start(diffusion, other, x_t, t)
+    eps = diffusion.predict_eps_from_xstart(x_t, t, found)
+    back = PREDICTIONS[prediction].target(diffusion, found, eps, t)
+    # dividing by sqrt(1 - abar), a hundredth at the first step, costs as many digits
+    torch.testing.assert_close(back, other, rtol=0, atol=1e-10)
+
+
+def test_velocity_turns_noise_and_mask_by_the_angle_of_the_noise_level():
+    """v = sqrt(abar) eps - sqrt(1 - abar) x_0; with x_t it is (x_0, eps) turned, so their lengths agree."""
+    x_start, noise, _ = data((5, 2, 3, 4), seed=5)
+    diffusion, t = make(mean="v"), torch.tensor([4, 0, 3, 1, 2])
+    v = PREDICTIONS["v"].target(diffusion, x_start, noise, t)
+    for i, step in enumerate(t.tolist()):
+        expected = math.sqrt(abar(step)) * noise[i] - math.sqrt(1 - abar(step)) * x_start[i]
+        torch.testing.assert_close(v[i], expected, rtol=1e-12, atol=1e-12)
+    x_t = diffusion.q_sample(x_start, t, noise)
+    torch.testing.assert_close(x_t ** 2 + v ** 2, x_start ** 2 + noise ** 2)
+
+
+def test_what_is_predicted_may_be_said_by_the_published_names():
+    for published, name in ((ModelMeanType.EPSILON, "eps"), (ModelMeanType.START_X, "xstart")):
+        assert make(mean=published).prediction is make(mean=name).prediction is PREDICTIONS[name]
+    with pytest.raises(KeyError, match="no prediction is called 'score': there are eps, xstart, v"):
+        make(mean="score")
+
+
 # ---- p ----
 
 def test_prediction_of_the_noise_becomes_the_posterior_mean_of_its_x_start():
@@ -186,6 +228,15 @@ def test_prediction_of_the_noise_becomes_the_posterior_mean_of_its_x_start():
     p = make().p_mean_variance(answering(eps), x_t, t, clip_denoised=False)
     for i in range(5):
         x_start = (x_t[i] - math.sqrt(1 - abar(i)) * eps[i]) / math.sqrt(abar(i))
+        np.testing.assert_allclose(p["pred_xstart"][i], x_start, rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(p["mean"][i], posterior(x_start, x_t[i], i)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_prediction_of_the_velocity_becomes_the_posterior_mean_of_its_x_start():
+    x_t, v, _ = data((5, 1, 2, 3), seed=12)
+    p = make(mean="v").p_mean_variance(answering(v), x_t, torch.arange(5), clip_denoised=False)
+    for i in range(5):
+        x_start = math.sqrt(abar(i)) * x_t[i] - math.sqrt(1 - abar(i)) * v[i]
         np.testing.assert_allclose(p["pred_xstart"][i], x_start, rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(p["mean"][i], posterior(x_start, x_t[i], i)[0], rtol=1e-10, atol=1e-10)
 
@@ -199,10 +250,10 @@ def test_prediction_of_x_start_becomes_its_posterior_mean():
 
 
 @pytest.mark.parametrize("x_range", [(0.0, 1.0), (-1.0, 1.0)])
-@pytest.mark.parametrize("mean_type", ModelMeanType)
-def test_clipping_keeps_the_predicted_mask_in_its_range_and_the_mean_follows(mean_type, x_range):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_clipping_keeps_the_predicted_mask_in_its_range_and_the_mean_follows(prediction, x_range):
     x_t, output, _ = data((5, 1, 4, 4), seed=3)
-    diffusion, t = make(mean=mean_type, x_range=x_range), torch.arange(5)
+    diffusion, t = make(mean=prediction, x_range=x_range), torch.arange(5)
     free = diffusion.p_mean_variance(answering(3 * output), x_t, t, clip_denoised=False)["pred_xstart"]
     p = diffusion.p_mean_variance(answering(3 * output), x_t, t)
     assert free.min() < x_range[0] and free.max() > x_range[1]
@@ -279,13 +330,22 @@ def log_tail(z):
     return math.log(math.erfc(z / math.sqrt(2)) / 2)
 
 
-def bound_reference(mean_type, var_type, output, x_start, x_t, t):
+def target_reference(prediction, x0, eps, t):
+    """What a network that predicts this should return for one pixel."""
+    return {"eps": eps, "xstart": x0, "v": math.sqrt(abar(t)) * eps - math.sqrt(1 - abar(t)) * x0}[prediction]
+
+
+def x_start_reference(prediction, output, x_t, t):
+    """The x_0 for which a pixel x_t has this target, from x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
+    gain, share = math.sqrt(abar(t)), math.sqrt(1 - abar(t))
+    return {"eps": (x_t - share * output) / gain, "xstart": output, "v": gain * x_t - share * output}[prediction]
+
+
+def bound_reference(prediction, var_type, output, x_start, x_t, t):
     """L_t of one example in bits per dimension: lists of numbers, one a pixel; output is (prediction, variance)."""
     total = 0.0
-    for prediction, raw, x0, xt in zip(*output, x_start, x_t):
-        if mean_type == ModelMeanType.EPSILON:
-            prediction = (xt - math.sqrt(1 - abar(t)) * prediction) / math.sqrt(abar(t))
-        mean, _ = posterior(prediction, xt, t)
+    for predicted, raw, x0, xt in zip(*output, x_start, x_t):
+        mean, _ = posterior(x_start_reference(prediction, predicted, xt, t), xt, t)
         log_variance = {
             ModelVarType.FIXED_SMALL: small_log_variance(t),
             ModelVarType.FIXED_LARGE: math.log(BETAS[t]) if t else small_log_variance(1),
@@ -303,25 +363,25 @@ def bound_reference(mean_type, var_type, output, x_start, x_t, t):
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 2, 3), (5, 3, 4, 2)])
-@pytest.mark.parametrize("mean_type, var_type, loss_type", [
-    *itertools.product(ModelMeanType, ModelVarType, LossType)])
-def test_losses_agree_with_a_reference_written_by_hand(mean_type, var_type, loss_type, shape):
+@pytest.mark.parametrize("prediction, var_type, loss_type", [
+    *itertools.product(PREDICTIONS, ModelVarType, LossType)])
+def test_losses_agree_with_a_reference_written_by_hand(prediction, var_type, loss_type, shape):
     x_start, noise, output = data(shape, seed=7)
     channels, learned = shape[1], var_type in LEARNED
     if not learned:
         output = output[:, :channels]
     t = torch.tensor([3, 0, 1, 4, 2])
-    terms = make(mean=mean_type, var=var_type, loss=loss_type).training_losses(
+    terms = make(mean=prediction, var=var_type, loss=loss_type).training_losses(
         answering(output), x_start, t, noise=noise)
     is_bound = loss_type in (LossType.KL, LossType.RESCALED_KL)
     assert terms.keys() == {"loss", "pred_xstart"} | ({"vb"} if is_bound else {"mse", "vb"} if learned else {"mse"})
     for i, step in enumerate(t.tolist()):
-        x0, eps, prediction, raw = (v.flatten().tolist() for v in (
+        x0, eps, predicted, raw = (v.flatten().tolist() for v in (
             x_start[i], noise[i], output[i, :channels], output[i, -channels:]))
         x_t = [noisy(a, b, step) for a, b in zip(x0, eps)]
-        target = eps if mean_type == ModelMeanType.EPSILON else x0
-        mse = sum((a - b) ** 2 for a, b in zip(target, prediction)) / len(target)
-        vb = bound_reference(mean_type, var_type, (prediction, raw), x0, x_t, step)
+        target = [target_reference(prediction, a, b, step) for a, b in zip(x0, eps)]
+        mse = sum((a - b) ** 2 for a, b in zip(target, predicted)) / len(target)
+        vb = bound_reference(prediction, var_type, (predicted, raw), x0, x_t, step)
         expected = {
             LossType.MSE: mse + (vb if learned else 0),
             LossType.RESCALED_MSE: mse + (vb * 5 / 1000 if learned else 0),
@@ -337,11 +397,11 @@ def test_losses_agree_with_a_reference_written_by_hand(mean_type, var_type, loss
 
 @pytest.mark.parametrize("loss_type", [LossType.MSE, LossType.RESCALED_MSE])
 @pytest.mark.parametrize("var_type", LEARNED)
-@pytest.mark.parametrize("mean_type", ModelMeanType)
-def test_bound_trains_the_variance_only_beside_a_squared_error(mean_type, var_type, loss_type):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_bound_trains_the_variance_only_beside_a_squared_error(prediction, var_type, loss_type):
     x_start, noise, output = data((5, 1, 2, 3), seed=8)
     output.requires_grad_()
-    diffusion = make(mean=mean_type, var=var_type, loss=loss_type)
+    diffusion = make(mean=prediction, var=var_type, loss=loss_type)
     terms = diffusion.training_losses(answering(output), x_start, torch.arange(5), noise=noise)
     bound, = torch.autograd.grad(terms["vb"].sum(), output, retain_graph=True)
     assert (bound[:, 0] == 0).all() and (bound[:, 1] != 0).all()
@@ -359,17 +419,16 @@ def test_bound_alone_trains_the_mean_too():
     assert (output.grad != 0).all()
 
 
-@pytest.mark.parametrize("mean_type", ModelMeanType)
-def test_predicted_mask_of_the_losses_is_unclipped_and_carries_its_gradient(mean_type):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_predicted_mask_of_the_losses_is_unclipped_and_carries_its_gradient(prediction):
     x_start, noise, output = data((5, 1, 2, 3), seed=10)
     output.requires_grad_()
     t = torch.arange(5)
-    diffusion = make(mean=mean_type, var=ModelVarType.LEARNED_RANGE)
+    diffusion = make(mean=prediction, var=ModelVarType.LEARNED_RANGE)
     predicted = diffusion.training_losses(answering(output), x_start, t, noise=noise)["pred_xstart"]
     x_t = diffusion.q_sample(x_start, t, noise)
-    expected = (output[:, :1] if mean_type == ModelMeanType.START_X
-                else diffusion.predict_xstart_from_eps(x_t, t, output[:, :1]))
-    torch.testing.assert_close(predicted, expected)
+    for i in range(5):
+        torch.testing.assert_close(predicted[i], x_start_reference(prediction, output[i, :1], x_t[i], i))
     assert predicted.min() < 0 and predicted.max() > 1
     slope, = torch.autograd.grad(predicted.sum(), output)
     assert (slope[:, 0] != 0).all()
@@ -392,9 +451,11 @@ def test_fresh_noise_is_drawn_when_none_is_given():
 
 def test_perfect_network_has_no_squared_error():
     x_start, noise, _ = data((5, 1, 2, 3))
-    for mean_type, truth in ((ModelMeanType.EPSILON, noise), (ModelMeanType.START_X, x_start)):
-        terms = make(mean=mean_type).training_losses(answering(truth), x_start, torch.arange(5), noise=noise)
-        assert (terms["mse"] == 0).all()
+    for prediction in PREDICTIONS:
+        truth = torch.stack([target_reference(prediction, x_start[i], noise[i], i) for i in range(5)])
+        terms = make(mean=prediction).training_losses(answering(truth), x_start, torch.arange(5), noise=noise)
+        assert (terms["mse"] < 1e-30).all()
+        torch.testing.assert_close(terms["pred_xstart"], x_start, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4, 4), (7, 1, 3, 8), (2, 3, 5, 1)])
@@ -413,14 +474,14 @@ def test_any_batch_size_channel_count_and_shape_works(var_type, shape):
     assert bound["total_bpd"].shape == (shape[0],) and bound["vb"].shape == (shape[0], 5)
 
 
-@pytest.mark.parametrize("mean_type", ModelMeanType)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("loss_type", LossType)
 def test_losses_and_gradients_of_wild_predictions_are_finite_at_both_ends_of_the_published_schedule(
-        loss_type, mean_type):
+        loss_type, prediction):
     x_start, noise, output = data((4, 1, 8, 8), dtype=torch.float32)
     output[:, 0] *= 1e4
     output.requires_grad_()
-    diffusion = make(get_named_beta_schedule("linear", 1000), mean_type, ModelVarType.LEARNED_RANGE, loss_type)
+    diffusion = make(get_named_beta_schedule("linear", 1000), prediction, ModelVarType.LEARNED_RANGE, loss_type)
     loss = diffusion.training_losses(answering(output), x_start, torch.tensor([0, 1, 998, 999]), noise=noise)["loss"]
     loss.sum().backward()
     assert loss.isfinite().all() and output.grad.isfinite().all()
@@ -543,6 +604,10 @@ def test_defaults_are_the_published_ones():
 @pytest.mark.parametrize("flags, attribute, value", [
     ({"learn_sigma": True}, "model_var_type", ModelVarType.LEARNED_RANGE),
     ({"predict_xstart": True}, "model_mean_type", ModelMeanType.START_X),
+    ({"prediction": "xstart"}, "model_mean_type", ModelMeanType.START_X),
+    ({"prediction": "v"}, "model_mean_type", "v"),
+    ({"sigma_small": True}, "model_var_type", ModelVarType.FIXED_SMALL),
+    ({"sigma_small": True, "learn_sigma": True}, "model_var_type", ModelVarType.LEARNED_RANGE),
     ({"use_kl": True}, "loss_type", LossType.RESCALED_KL),
     ({"use_kl": True, "rescale_learned_sigmas": True}, "loss_type", LossType.RESCALED_KL),
     ({"rescale_learned_sigmas": True}, "loss_type", LossType.RESCALED_MSE),

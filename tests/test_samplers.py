@@ -7,7 +7,9 @@ import torch
 
 from guided_diffusion import samplers
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from guided_diffusion.predictions import PREDICTIONS
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 
 MEAN, STD = 0.3, 0.5  # of every pixel of the data, if nothing else is said
@@ -30,6 +32,15 @@ def exact_noise(x, timesteps):
     """E[eps | x_t] of the same data."""
     abar = ABAR[timesteps].to(x.dtype).view(-1, 1, 1, 1)
     return (x - abar.sqrt() * exact_denoiser(x, timesteps)) / (1 - abar).sqrt()
+
+
+def exact_velocity(x, timesteps):
+    """E[sqrt(abar) eps - sqrt(1 - abar) x_0 | x_t] of the same data."""
+    abar = ABAR[timesteps].to(x.dtype).view(-1, 1, 1, 1)
+    return abar.sqrt() * exact_noise(x, timesteps) - (1 - abar).sqrt() * exact_denoiser(x, timesteps)
+
+
+EXACT = {"eps": exact_noise, "xstart": exact_denoiser, "v": exact_velocity}
 
 
 def wavy_denoiser(x, timesteps):
@@ -57,21 +68,26 @@ WALKS = {
     "ddim": (samplers.ddim, ModelVarType.FIXED_SMALL, {}),
     "ddim, eta 0.5": (samplers.ddim, ModelVarType.FIXED_SMALL, {"eta": 0.5}),
     "ddim, eta 1": (samplers.ddim, ModelVarType.FIXED_SMALL, {"eta": 1.0}),
+    "dpm++": (samplers.dpm_solver, ModelVarType.FIXED_SMALL, {}),
+    "dpm++sde": (samplers.dpm_solver_sde, ModelVarType.FIXED_SMALL, {}),
+    "heun": (samplers.heun, ModelVarType.FIXED_SMALL, {}),
 }
 
 
-@pytest.mark.parametrize("predicts", ["x_0", "noise"])
+@pytest.mark.parametrize("predicts", PREDICTIONS)
 @pytest.mark.parametrize("walk", WALKS)
 def test_samples_have_the_mean_and_variance_of_the_data(walk, predicts):
     walk, var, options = WALKS[walk]
-    mean_type, model = ((ModelMeanType.START_X, exact_denoiser) if predicts == "x_0" else
-                        (ModelMeanType.EPSILON, exact_noise))
-    diffusion = make(mean=mean_type, var=var)
+    diffusion = make(mean=predicts, var=var)
     torch.manual_seed(0)
     n = 4000
-    x = end(walk(diffusion, model, gaussian((4, 1, 25, 40)), clip_denoised=False, **options))
+    x = end(walk(diffusion, EXACT[predicts], gaussian((4, 1, 25, 40)), clip_denoised=False, **options))
     assert abs(x.mean().item() - MEAN) < 5 * STD / math.sqrt(n)
     assert abs(x.var().item() / STD ** 2 - 1) < 5 * math.sqrt(2 / n)
+
+
+def test_every_sampler_is_among_these_walks():
+    assert set(SAMPLERS.values()) == {walk for walk, *_ in WALKS.values()}
 
 
 @pytest.mark.parametrize("respacing", ["50", "10,15,20", "ddim25", "1"])

@@ -11,8 +11,8 @@ import torch
 from helpers.refusals import refusal
 
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from guided_diffusion.nn import compile_network
 from guided_diffusion.script_util import (
-    compile_network,
     create_encoders,
     create_gaussian_diffusion,
     create_model,
@@ -166,7 +166,8 @@ def test_compiled_network_computes_the_same_under_the_same_names(capsys, monkeyp
 
 WITHOUT_COMPILER = """
 import torch
-from guided_diffusion.script_util import compile_network, create_model
+from guided_diffusion.nn import compile_network
+from guided_diffusion.script_util import create_model
 
 model = create_model(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=1,
                      attention_resolutions="8").eval()

@@ -15,6 +15,7 @@ import torch
 from guided_diffusion import samplers
 from guided_diffusion.data.noise import MemberNoise
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from guided_diffusion.predictions import PREDICTIONS
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.samplers import SAMPLERS, network_calls
 from guided_diffusion.script_util import create_gaussian_diffusion
@@ -55,16 +56,24 @@ def level(schedule, timesteps):
     return alpha[timesteps].view(-1, 1, 1, 1), sigma[timesteps].view(-1, 1, 1, 1)
 
 
-class Exact:
-    """The best denoiser of the Gaussian data in any parametrisation; `extra` channels hold what a variance might."""
+# what a network that predicts this returns where it takes x_0 to be x_start
+OUTPUTS = {
+    "eps": lambda x, x_start, alpha, sigma: (x - alpha * x_start) / sigma,
+    "xstart": lambda x, x_start, alpha, sigma: x_start,
+    "v": lambda x, x_start, alpha, sigma: alpha * (x - alpha * x_start) / sigma - sigma * x_start,
+}
 
-    def __init__(self, schedule, predicts="x_0", learned=False):
+
+class Exact:
+    """The best denoiser of the Gaussian data in any of PREDICTIONS; more channels hold what a variance might."""
+
+    def __init__(self, schedule, predicts="xstart", learned=False):
         self.schedule, self.predicts, self.learned = schedule, predicts, learned
 
     def __call__(self, x, timesteps):
         alpha, sigma = level(self.schedule, timesteps)
         x_start = MEAN + alpha * STD ** 2 / (alpha ** 2 * STD ** 2 + sigma ** 2) * (x - alpha * MEAN)
-        output = x_start if self.predicts == "x_0" else (x - alpha * x_start) / sigma
+        output = OUTPUTS[self.predicts](x, x_start, alpha, sigma)
         return torch.cat([output, torch.sin(40 * x)], dim=1) if self.learned else output
 
 
@@ -102,13 +111,13 @@ def orders(errors):
 def flow_error(name, schedule, steps, predicts, var=ModelVarType.FIXED_SMALL):
     """Largest error right before the last step, which is of first order in all of them."""
     timesteps, z = even_in_lambda(schedule, steps), gaussian((1, 1, 4, 6))
-    diffusion = make(timesteps, schedule, ModelMeanType.START_X if predicts == "x_0" else ModelMeanType.EPSILON, var)
+    diffusion = make(timesteps, schedule, predicts, var)
     model = Exact(schedule, predicts, var in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE))
     path = walk(name, diffusion, model, flow(schedule, timesteps[-1], z), noise=no_noise)
     return (path[-2][0] - flow(schedule, timesteps[0], z)).abs().max().item()
 
 
-@pytest.mark.parametrize("predicts", ["x_0", "noise"])
+@pytest.mark.parametrize("predicts", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("dpm++", 2), ("heun", 2)])
 def test_error_falls_with_the_order_of_the_method(name, order, schedule, predicts):
@@ -120,13 +129,13 @@ def test_error_falls_with_the_order_of_the_method(name, order, schedule, predict
 @pytest.mark.parametrize("var", [ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE, ModelVarType.FIXED_LARGE])
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_variance_of_the_model_does_not_matter_to_deterministic_samplers(name, var):
-    for predicts in ("x_0", "noise"):
+    for predicts in PREDICTIONS:
         expected = flow_error(name, "linear", 10, predicts)
         assert flow_error(name, "linear", 10, predicts, var) == pytest.approx(expected, rel=1e-9)
 
 
 def test_second_order_methods_are_far_ahead_with_as_many_network_calls():
-    ddim, dpm, heun = (flow_error(name, "cosine", steps, "x_0") for name, steps in (("ddim", 40), ("dpm++", 40),
+    ddim, dpm, heun = (flow_error(name, "cosine", steps, "xstart") for name, steps in (("ddim", 40), ("dpm++", 40),
                                                                                    ("heun", 20)))
     assert dpm < ddim / 20 and heun < ddim / 3
 
@@ -161,14 +170,15 @@ def test_order_is_the_same_for_data_whose_denoiser_is_no_line(name, order):
     assert orders(errors) == pytest.approx([order] * 2, abs=0.15)
 
 
-def moments_error(name, schedule, steps):
+def moments_error(name, schedule, steps, predicts):
     """Error of mean and of variance right before the last step, without chance: a step is a line in x and its noise,
     so one row with neither, one for x_T and one for the noise of each step tell all."""
     timesteps = even_in_lambda(schedule, steps)
     x = torch.zeros(steps + 2, 1, 1, 1, dtype=torch.float64)
     x[1] = 1
     impulses = iter(torch.eye(steps + 2, dtype=torch.float64)[2:].view(steps, -1, 1, 1, 1))
-    path = walk(name, make(timesteps, schedule), Exact(schedule), x, noise=lambda x: next(impulses))
+    path = walk(name, make(timesteps, schedule, predicts), Exact(schedule, predicts), x,
+                noise=lambda x: next(impulses))
     offset, *slopes = path[-2][0].flatten()
     slopes = torch.stack(slopes) - offset
     (alpha, sigma), (first_alpha, first_sigma) = ([table[t] for table in levels(schedule)]
@@ -179,10 +189,11 @@ def moments_error(name, schedule, steps):
     return abs(mean - alpha * MEAN).item(), abs(variance - alpha ** 2 * STD ** 2 - sigma ** 2).item()
 
 
+@pytest.mark.parametrize("predicts", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name, order", [("ancestral", 1), ("dpm++sde", 2)])
-def test_variance_comes_to_that_of_the_data_with_the_order_of_the_method(name, order, schedule):
-    means, variances = zip(*(moments_error(name, schedule, steps) for steps in (40, 80, 160)))
+def test_variance_comes_to_that_of_the_data_with_the_order_of_the_method(name, order, schedule, predicts):
+    means, variances = zip(*(moments_error(name, schedule, steps, predicts) for steps in (40, 80, 160)))
     assert max(means) < 1e-12  # the denoiser is right on the path of the mean, whatever the steps
     assert orders(variances) == pytest.approx([order] * 2, abs=0.1)
 
@@ -295,6 +306,26 @@ def test_first_steps_without_a_past_are_those_of_the_first_order_methods():
 
 # ---- every sampler ----
 
+@pytest.mark.parametrize("var", [ModelVarType.FIXED_SMALL, ModelVarType.FIXED_LARGE])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_path_is_the_same_whatever_the_network_predicts(name, schedule, var):
+    """To the last step, for the same x_0 said in the words of each of PREDICTIONS."""
+    timesteps = even_in_lambda(schedule, 12)
+    noises = [gaussian((2, 1, 3, 4), seed) for seed in range(1, 13)]
+    paths = []
+    for predicts in PREDICTIONS:
+        left = iter(noises)
+        paths.append(walk(name, make(timesteps, schedule, predicts, var), Exact(schedule, predicts),
+                          gaussian((2, 1, 3, 4)), noise=lambda x, left=left: next(left)))
+    assert len(paths) == len(OUTPUTS) == 3
+    for steps in zip(*paths, strict=True):
+        (x, x_start), *others = steps
+        for other, other_start in others:
+            torch.testing.assert_close(other, x, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(other_start, x_start, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_last_step_ends_at_the_predicted_mask(name):
     path = walk(name, make(uneven()), wavy, gaussian((2, 1, 4, 3)), clip_denoised=True)
@@ -313,7 +344,7 @@ def test_one_step_gives_the_prediction_at_it(name, timestep):
 
 
 def test_table_names_every_walk_of_the_command_line():
-    assert {name: walk for name, (walk, _) in SAMPLERS.items()} == {
+    assert dict(SAMPLERS) == {
         "ancestral": samplers.ancestral, "ddim": samplers.ddim, "dpm++": samplers.dpm_solver,
         "dpm++sde": samplers.dpm_solver_sde, "heun": samplers.heun}
 
@@ -435,19 +466,18 @@ def test_no_graph_is_kept(name):
         assert not x.requires_grad and not x_start.requires_grad
 
 
-@pytest.mark.parametrize("predict_xstart", [False, True])
+@pytest.mark.parametrize("predicts, tolerance", [("eps", 2e-4), ("xstart", 5e-6), ("v", 5e-6)])
 @pytest.mark.parametrize("spacing", ["uniform", "trailing", "quadratic", "logsnr"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_ten_steps_of_a_cosine_schedule_are_close_to_exact_arithmetic_in_float32(name, spacing, predict_xstart):
+def test_ten_steps_of_a_cosine_schedule_are_close_to_exact_arithmetic_in_float32(name, spacing, predicts, tolerance):
     """Its last timestep has a signal of 1 in 20,000, the hardest place for a network that predicts noise."""
-    diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing=f"{spacing}10",
-                                          predict_xstart=predict_xstart)
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing=f"{spacing}10", prediction=predicts)
     alpha, sigma = levels("cosine", 1000)
 
     def model(x, timesteps):
         a, s = (table[timesteps].to(x.dtype).view(-1, 1, 1, 1) for table in (alpha, sigma))
         x_start = MEAN + a * STD ** 2 / (a ** 2 * STD ** 2 + s ** 2) * (x - a * MEAN)
-        return x_start if predict_xstart else (x - a * x_start) / s
+        return OUTPUTS[predicts](x, x_start, a, s)
 
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -461,4 +491,4 @@ def test_ten_steps_of_a_cosine_schedule_are_close_to_exact_arithmetic_in_float32
         assert all(x.dtype == x_start.dtype == dtype and x.isfinite().all() for x, x_start in path)
         results.append(path[-1][0])
     single, double = results
-    assert (single - double).abs().max() < (5e-6 if predict_xstart else 2e-4)
+    assert (single - double).abs().max() < tolerance

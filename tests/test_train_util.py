@@ -330,7 +330,7 @@ def test_resume_continues_bit_for_bit(tmp_path, loss_aware):
         assert_same(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "stopped")))
 
 
-@pytest.mark.parametrize("stop", [3, 4, 6, 7])
+@pytest.mark.parametrize("stop", [3, 4])  # with a line of the log, and between two
 def test_resume_continues_the_log_bit_for_bit(tmp_path, stop):
     """Means over an interval that was interrupted, and the count of bad steps, included."""
     def run(folder, steps, again=False):

@@ -15,7 +15,7 @@ from guided_diffusion.system.errors import InputError
 from guided_diffusion.unet import AttentionBlock, ResBlock, UNetModel
 
 SMALL = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=2,
-             attention_resolutions="8")
+             attention_resolutions="8", use_scale_shift_norm=True)
 PUBLISHED = dict(image_size=128, num_channels=128, class_cond=False, num_res_blocks=2, num_heads=1, learn_sigma=True,
                  use_scale_shift_norm=False, attention_resolutions="16")
 
@@ -107,7 +107,7 @@ def test_published_flags_cost_132_gflop_a_forward_pass():
     (512, [128, 128, 256, 256, 512, 512])])
 def test_channel_mult_follows_image_size(size, widths):
     with torch.device("meta"):
-        model = create_model(image_size=size, num_res_blocks=1, attention_resolutions="16")
+        model = create_model(image_size=size, num_channels=128, num_res_blocks=1, attention_resolutions="16")
     downs = [block[0].op.in_channels for block in model.input_blocks if hasattr(block[0], "op")]
     assert downs + [model.middle_block[0].in_layers[2].in_channels] == widths
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..system import storage
+from .masks import packed_size
 
 _MAGIC = b"DECODED1"
 _TAIL = struct.Struct("<Q8s")
@@ -53,7 +54,7 @@ class DecodedFile:
             raise ValueError
         offset, itemsize, channels, side, raters, row = self.records.astype(float).T  # without overflow
         ends = offset + channels * side ** 2 * itemsize + raters * row
-        if not np.isin(itemsize, (1, 2)).all() or (ends > size).any() or (row != (side ** 2 + 7) // 8).any():
+        if not np.isin(itemsize, (1, 2)).all() or (ends > size).any() or (row != packed_size(side, side)).any():
             raise ValueError
 
     def __len__(self):

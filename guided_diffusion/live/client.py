@@ -60,8 +60,9 @@ def start_server(address, port, path="", patience=60.0):
         return
     logger.log(f"starting a Visdom server at {address}:{port}, which stays when this has ended")
     with tempfile.TemporaryFile() as said:
-        server = subprocess.Popen([sys.executable, "-m", "guided_diffusion.live.server", str(port)], stderr=said,
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        server = subprocess.Popen([sys.executable, "-P", "-m", "guided_diffusion.live.server", str(port)],
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                                  start_new_session=True)
         end = time.monotonic() + patience
         while not listens(port) and server.poll() is None and time.monotonic() < end:
             time.sleep(0.1)

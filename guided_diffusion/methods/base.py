@@ -139,9 +139,9 @@ class Method(nn.Module, abc.ABC):
             and the predicted x_0, [N, 1, H, W] in the scaling of masks.
         """
 
-    @abc.abstractmethod
     def evaluate_once(self, encoded, rows: Sequence[Row]) -> None:
         """One network evaluation of as much as `draw` does at once, to see what time and memory it takes."""
+        self.draw(encoded, rows, 0, lambda *_: None)
 
 
 # ---- what `encode` returns ----

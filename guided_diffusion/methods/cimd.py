@@ -62,7 +62,7 @@ class CIMD(Method):
     def from_flags(cls, flags, model=None, training=True):
         diffusion = process.diffusion_from_flags(flags)
         if model is None:
-            model = NETWORKS[flags.network](flags, 1, 2 if flags.learn_sigma else 1)
+            model = NETWORKS[flags.network](flags, masks.CHANNELS, masks.CHANNELS * (2 if flags.learn_sigma else 1))
         if not training:
             options = {flag.name.removeprefix(f"{flags.sampler}_"): getattr(flags, flag.name)
                        for flag in SAMPLERS.entries[flags.sampler].flags}
@@ -102,7 +102,7 @@ class CIMD(Method):
 
     def forward(self, batch: Batch) -> Losses:
         mask = chosen_masks(batch)  # [N, 1, S, S]
-        uniforms, noise = step_noise(batch.seed, batch.places, mask)
+        uniforms, noise = step_noise(batch.seed, batch.places, masks.to_diffusion(mask))
         t, weights = (dist_util.to_device(x, mask.device) for x in self.schedule_sampler.sample(uniforms))
         return Losses(self.losses(batch.image, mask, t, noise), weights, t * 4 // self.diffusion.num_timesteps,
                       {"timestep": t})
@@ -170,7 +170,7 @@ class CIMD(Method):
     def encode(self, images):
         with self._precision(images.device):
             encoded = self.model.encode(images) if hasattr(self.model, "encode") else images
-        return images.new_zeros(len(images), 1, *images.shape[2:]), encoded  # the first: what a mask is like
+        return images.new_zeros(len(images), masks.CHANNELS, *images.shape[2:]), encoded  # the first: what x_0 is like
 
     def draw(self, encoded, rows: Sequence[Row], seed: int, on_step: Callable = lambda *_: None) -> Tensor:
         noise = MemberNoise(seed, [(case, member) for _, case, member in rows])
@@ -190,7 +190,7 @@ class CIMD(Method):
                                      kwargs)[0].cpu()
 
     def _rows(self, encoded, rows):
-        """What the masks of these rows are like, [N, 1, H, W], and what the denoiser is told of their scans."""
+        """What x_0 of these rows is like, [N, CHANNELS, H, W], and what the denoiser is told of their scans."""
         like, encoded = select(encoded, [scan for scan, _, _ in rows])
         return like, {"encoded": encoded} if hasattr(self.model, "encode") else {"image": encoded}
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from .. import checkpoint, script_util
-from ..data import pictures, scaling
+from ..data import masks, pictures, scaling
 from ..data.case_files import CaseContents, CaseFiles, case_name, read_case, sort_files
 from ..data.cases import Case
 from ..data.fitting import fit_case, fit_spacing
@@ -239,7 +239,7 @@ def _read(source, name, label, data_dir, readers):
         extent = f" from {image.min():g} to {image.max():g}" if kind in "iuf" else ""
         raise ValueError(f"{label} is {image.dtype}{extent}; give uint8, uint16, or floats and scale it to [0, 1]")
     image = image.astype(np.float32, copy=False) if kind == "f" else image
-    return name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), dtype=bool), None, {}), None
+    return name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), masks.DTYPE), None, {}), None
 
 
 def _files(path, data_dir, readers):

@@ -11,10 +11,11 @@ from guided_diffusion.commands import cli
 from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.flags import apply_stored_flags, pick, stored_flags
 from guided_diffusion.gaussian_diffusion import ModelVarType
+from guided_diffusion.methods.process import settle_sampler
 from guided_diffusion.metrics import SCORES
 from guided_diffusion.respace import SPACINGS
-from guided_diffusion.samplers import SAMPLERS
-from guided_diffusion.script_util import BEST, autocast_dtype, choose_sampler, create_gaussian_diffusion, create_model
+from guided_diffusion.samplers import SAMPLERS, network_calls
+from guided_diffusion.script_util import BEST, autocast_dtype, create_gaussian_diffusion, create_model
 
 TRAINING, SAMPLING, EVALUATION = "training", "sampling", "evaluation"
 
@@ -338,11 +339,11 @@ def test_best_is_a_sampler_that_can_be_had_at_a_fiftieth_of_the_calls():
     assert BEST["sampler"] in SAMPLERS and BEST["timestep_spacing"] in SPACINGS
     args, _ = parse(SAMPLING, "--sampler best")
     steps = create_gaussian_diffusion(**pick(args, "diffusion")).num_timesteps
-    assert 1 <= SAMPLERS[args.sampler][1](steps) <= 20
+    assert 1 <= network_calls(SAMPLERS[args.sampler], steps) <= 20
 
 
 def test_best_keeps_to_what_it_stands_for(monkeypatch):
-    monkeypatch.setattr("guided_diffusion.script_util.BEST",
+    monkeypatch.setattr("guided_diffusion.methods.process.BEST",
                         {"sampler": "heun", "sampling_steps": 6, "timestep_spacing": "logsnr"})
     args = parse(SAMPLING, "--sampler best")[0]
     assert (args.sampler, args.timestep_respacing) == ("heun", "logsnr6")
@@ -369,7 +370,7 @@ def test_stored_flags_leave_the_steps_of_the_sampler_alone():
 def test_sampler_may_be_chosen_without_a_command_line():
     args = SimpleNamespace(sampler="ancestral", sampling_steps=5, timestep_spacing="trailing", timestep_respacing="",
                            use_ddim=True, ddim_eta=0.0)
-    choose_sampler(args, {"sampling_steps": 5, "timestep_spacing": "trailing", "use_ddim": True})
+    settle_sampler(args, {"sampling_steps": 5, "timestep_spacing": "trailing", "use_ddim": True})
     assert (args.sampler, args.timestep_respacing) == ("ddim", "trailing5")
 
 

@@ -10,6 +10,7 @@ from helpers.refusals import refusal
 from guided_diffusion.data.cases import Case
 from guided_diffusion.data.masks import to_masks
 from guided_diffusion.data.noise import MemberNoise
+from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.sampling import ensembles
 from guided_diffusion.sampling.ensembles import EnsembleSampler
@@ -42,15 +43,19 @@ def cases():
             for i in range(4)]
 
 
-def draw(model, diffusion, cases, n=3, dtype=None, **options):
-    if dtype:
-        model = copy.deepcopy(model).convert_for_sampling(dtype)
-    sampler = EnsembleSampler(model, diffusion, **options)
+def make_sampler(model, diffusion, batch_size=1, seed=0, dtype=None, **options):
+    """An EnsembleSampler of CIMD with this denoiser; a dtype leaves the denoiser as it is."""
+    method = CIMD(diffusion, copy.deepcopy(model) if dtype else model, **options).prepare(dtype)
+    return EnsembleSampler(method, batch_size=batch_size, seed=seed)
+
+
+def draw(model, diffusion, cases, n=3, **options):
+    sampler = make_sampler(model, diffusion, **options)
     return {case.name: samples for case, samples in sampler.ensembles(cases, n)}
 
 
 def test_ensembles_come_whole_and_in_order(model, diffusion, cases):
-    sampler = EnsembleSampler(model, diffusion, batch_size=4)
+    sampler = make_sampler(model, diffusion, batch_size=4)
     result = list(sampler.ensembles(iter(cases), 3))
     assert [case.name for case, _ in result] == [case.name for case in cases]
     for _, samples in result:
@@ -68,11 +73,11 @@ def test_a_case_is_yielded_before_later_ones_are_read(model, diffusion, cases):
             read.append(case.name)
             yield case
 
-    ensembles = EnsembleSampler(model, diffusion, batch_size=2).ensembles(reading(), 2)
+    ensembles = make_sampler(model, diffusion, batch_size=2).ensembles(reading(), 2)
     assert next(ensembles)[0].name == "case 0" and read == ["case 0"]
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "ddim"}, {"sampler": "ddim", "ddim_eta": 0.7},
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddim"}, {"sampler": "ddim", "sampler_options": {"eta": 0.7}},
                                      {"sampler": "dpm++"}, {"sampler": "dpm++sde"}, {"sampler": "heun"},
                                      {"clip_denoised": False}])
 def test_batch_size_does_not_change_the_ensembles(model, diffusion, cases, options):
@@ -122,7 +127,7 @@ def test_seed_scan_and_walk_do_change_the_ensembles(model, diffusion, cases):
 def test_every_network_call_is_reported_and_of_full_batches(model, diffusion, cases):
     sizes, steps = [], []
     hook = model.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    list(EnsembleSampler(model, diffusion, batch_size=4).ensembles(cases[:3], 3, lambda *_: steps.append(1)))
+    list(make_sampler(model, diffusion, batch_size=4).ensembles(cases[:3], 3, lambda *_: steps.append(1)))
     hook.remove()
     assert sizes == [4] * 9 and len(steps) == 9  # 9 masks in 3 batches of 3 steps
 
@@ -140,13 +145,13 @@ def counted(model, function):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_calls_are_those_that_a_mask_takes(model, diffusion, cases, sampler):
-    drawn, steps = EnsembleSampler(model, diffusion, batch_size=2, sampler=sampler), []
+    drawn, steps = make_sampler(model, diffusion, batch_size=2, sampler=sampler), []
     sizes = counted(model, lambda: list(drawn.ensembles(cases[:2], 1, lambda *_: steps.append(1))))
-    assert sizes == [2] * drawn.calls and drawn.calls == (5 if sampler == "heun" else 3)
-    assert len(steps) == 3  # of the process, whatever the calls of each
+    assert sizes == [2] * drawn.method.cost.mask and drawn.method.cost == (0, 5 if sampler == "heun" else 3)
+    assert len(steps) == drawn.method.steps == 3  # of the process, whatever the calls of each
 
 
-@pytest.mark.parametrize("flags", [{}, {"learn_sigma": True}, {"predict_xstart": True},
+@pytest.mark.parametrize("flags", [{}, {"learn_sigma": True}, {"predict_xstart": True}, {"prediction": "v"},
                                    {"learn_sigma": True, "predict_xstart": True, "rescale_timesteps": True}])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_waits_for_the_device(sampler, flags):
@@ -159,14 +164,13 @@ def test_no_sampler_waits_for_the_device(sampler, flags):
     def reading(x, t):
         return network(x, t) * network(x, t).mean().item()
 
-    walk, _ = SAMPLERS[sampler]
     x = torch.randn(2, 1, SIZE, SIZE, device="meta")
     for clip_denoised in (True, False):
         diffusion = create_gaussian_diffusion(timestep_respacing="5", **flags)
-        steps = list(walk(diffusion, network, x, clip_denoised=clip_denoised))
+        steps = list(SAMPLERS[sampler](diffusion, network, x, clip_denoised=clip_denoised))
         assert len(steps) == 5 and all(part.is_meta and part.shape == x.shape for step in steps for part in step)
         with pytest.raises(RuntimeError, match="meta"):
-            list(walk(diffusion, reading, x, clip_denoised=clip_denoised))
+            list(SAMPLERS[sampler](diffusion, reading, x, clip_denoised=clip_denoised))
 
 
 def test_every_sampler_draws_something_of_its_own(model, diffusion, cases):
@@ -195,22 +199,27 @@ def test_samplers_without_noise_follow_from_the_first_noise_alone(model, diffusi
         assert np.array_equal(*results) == (sampler in ("ddim", "dpm++", "heun"))
 
 
-def test_eta_is_for_ddim_only(model, diffusion, cases):
-    for sampler in SAMPLERS:
-        plain, noisy = (draw(model, diffusion, cases[:1], n=1, sampler=sampler, ddim_eta=eta)["case 0"]
-                        for eta in (0.0, 0.9))
-        assert np.array_equal(plain, noisy) == (sampler != "ddim")
+def test_eta_makes_ddim_noisy(model, diffusion, cases):
+    plain, none, noisy = (draw(model, diffusion, cases[:1], n=1, sampler="ddim", sampler_options=options)["case 0"]
+                          for options in ({}, {"eta": 0.0}, {"eta": 0.9}))
+    assert np.array_equal(plain, none) and not np.allclose(plain, noisy, atol=1e-3)
+
+
+def test_option_of_another_sampler_is_an_error(model, diffusion, cases):
+    for sampler in set(SAMPLERS) - {"ddim"}:
+        with pytest.raises(TypeError, match="eta"):
+            draw(model, diffusion, cases[:1], n=1, sampler=sampler, sampler_options={"eta": 0.5})
 
 
 def test_unknown_sampler_is_an_error(model, diffusion):
     with pytest.raises(KeyError, match="best"):
-        EnsembleSampler(model, diffusion, sampler="best")
+        make_sampler(model, diffusion, sampler="best")
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_call_is_timed_on_full_batches_and_leaves_no_trace(model, diffusion, cases, dtype):
-    model = copy.deepcopy(model).convert_for_sampling(dtype)
-    sampler = EnsembleSampler(model, diffusion, batch_size=3, sampler="dpm++sde")
+    sampler = make_sampler(model, diffusion, batch_size=3, dtype=dtype, sampler="dpm++sde")
+    model = sampler.method.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     drawn = [samples for _, samples in sampler.ensembles(cases[:1], 1)]
     image, state, numpy_state = cases[0].image.copy(), torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -227,8 +236,8 @@ def test_a_call_is_timed_on_full_batches_and_leaves_no_trace(model, diffusion, c
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_timed_call_is_one_like_those_that_draw(model, diffusion, cases, dtype):
     """On other timesteps, x and scans perhaps, but in the same precision and without a graph."""
-    model = copy.deepcopy(model).convert_for_sampling(dtype)
-    sampler, seen = EnsembleSampler(model, diffusion, batch_size=2), []
+    sampler, seen = make_sampler(model, diffusion, batch_size=2, dtype=dtype), []
+    model = sampler.method.model
 
     def look(module, args, kwargs, output):
         arguments = (*args, *kwargs.values())
@@ -251,7 +260,7 @@ def test_time_of_a_call_leaves_out_the_first(model, diffusion, cases, monkeypatc
     hook = model.register_forward_hook(lambda module, args, output: clock.append(clock[-1] + next(takes)))
     monkeypatch.setattr(ensembles.time, "perf_counter", lambda: clock[-1])
     try:
-        assert EnsembleSampler(model, diffusion).seconds_a_call(cases[0].image) == 2
+        assert make_sampler(model, diffusion).seconds_a_call(cases[0].image) == 2
     finally:
         hook.remove()
 
@@ -281,7 +290,7 @@ class SmallMemory(torch.nn.Module):
 def test_a_batch_too_large_for_the_memory_is_halved_and_nobody_is_lost(model, diffusion, cases):
     expected = draw(model, diffusion, cases[:3], batch_size=2, sampler="ddim")
     small = SmallMemory(model, 2)
-    sampler = EnsembleSampler(small, diffusion, batch_size=8, sampler="ddim")
+    sampler = make_sampler(small, diffusion, batch_size=8, sampler="ddim")
     got = {case.name: samples for case, samples in sampler.ensembles(cases[:3], 3)}
     assert list(got) == list(expected) and sampler.batch_size == 2
     assert all(np.array_equal(got[name], expected[name]) for name in expected)
@@ -289,9 +298,9 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_nobody_is_lost(model, di
 
 
 def test_automatic_batch_size_is_what_fits_and_one_row_that_does_not_is_an_error(model, diffusion, cases):
-    sampler = EnsembleSampler(SmallMemory(model, 3), diffusion, batch_size=16)
+    sampler = make_sampler(SmallMemory(model, 3), diffusion, batch_size=16)
     sampler.fit_batch_size(cases[0].image)
     assert sampler.batch_size == 2
-    nothing_fits = EnsembleSampler(SmallMemory(model, 0), diffusion, batch_size=4)
+    nothing_fits = make_sampler(SmallMemory(model, 0), diffusion, batch_size=4)
     assert "memory" in refusal(nothing_fits.fit_batch_size, cases[0].image)
     assert "memory" in refusal(lambda: list(nothing_fits.ensembles(cases[:1], 2)))
