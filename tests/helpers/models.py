@@ -77,9 +77,6 @@ class MeanOutline(Method):
         on_step(masks[:, None], masks[:, None])
         return masks
 
-    def evaluate_once(self, encoded, rows):
-        self.draw(encoded, rows, 0)
-
 
 class WithFrozenEncoder(Denoiser):
     """A denoiser that sees a scan through features which are never trained, and a batch norm whose statistics stay."""
