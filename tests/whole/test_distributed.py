@@ -188,15 +188,17 @@ def test_ranks_share_losses_stop_together_and_fail_together(environment, tmp_pat
 SPOILT = """
 import sys
 import torch
-from helpers.loops import make_loop, spoil
+from helpers.loops import bad_steps, make_loop, spoil
 from guided_diffusion import checkpoint, dist_util, logger
 
 dist_util.setup_dist()
 logger.configure(enabled=dist_util.rank() == 0)
 folder = sys.argv[1]
-loop = spoil(make_loop(folder, max_steps=4), {2} if dist_util.rank() else set(), rows=(0,))
+loop = spoil(make_loop(folder, max_steps=4, ema_rate="0.5"), {2} if dist_util.rank() else set(), rows=(0,))
 loop.run_loop()
-checkpoint.save(f"{folder}/rank{dist_util.rank()}.pt", {**loop.cimd.state_dict(), "bad": loop.bad_steps.count})
+checkpoint.save(f"{folder}/rank{dist_util.rank()}.pt", {
+    **loop.method.state_dict(), **{f"average {name}": value for name, value in loop.ema["0.5"].state_dict().items()},
+    "bad": bad_steps(loop)})
 print(loop.data.case_name(6))
 dist_util.cleanup()
 """
