@@ -129,5 +129,7 @@ def load_plugin(path: str) -> None:
 def place_of(error: Exception, file: str) -> str:
     """"line 3: ValueError: its message", of what was raised in or below the last line run in a file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    line = getattr(error, "lineno", None) or (lines[-1] if lines else 0)
+    if isinstance(error, SyntaxError) and error.filename == file:  # nothing of it was run
+        lines = [error.lineno]
+    line = lines[-1] if lines else 0
     return f"line {line}: {type(error).__name__}: {error}"
