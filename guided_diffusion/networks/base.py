@@ -1,10 +1,11 @@
 """What a diffusion method asks of its network, and the parts of a network that are never trained."""
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 
-Encoded = Tensor | tuple | list | dict  # a tensor with a row a scan, or a tuple, list or dict of such
+Encoded = Any  # a tensor with a row a scan, or a tuple, list or dict of such
 
 
 class Denoiser(nn.Module):
@@ -28,8 +29,7 @@ class Denoiser(nn.Module):
         """x [N, x_channels, H, W], timesteps [N], and what `encode` returned -> [N, out_channels, H, W]."""
         raise NotImplementedError(f"{type(self).__name__} needs a method denoise(x, timesteps, encoded)")
 
-    def forward(self, x: Tensor, timesteps: Tensor, image: Tensor | None = None, encoded: Encoded | None = None
-                ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, image: Tensor | None = None, encoded: Encoded = None) -> Tensor:
         return self.denoise(x, timesteps, self.encode(image) if encoded is None else encoded)
 
 

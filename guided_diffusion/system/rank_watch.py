@@ -46,6 +46,8 @@ class RankWatch:
     :param timeout: seconds of silence, or of standing still (see `at`), after which a rank counts as hanging.
     """
 
+    state: dict[str, Any]  # what it says of itself
+
     def __init__(self, rank: int, peers: dict[int, socket.socket], timeout: float):
         self.rank, self.peers, self.timeout = rank, peers, timeout
         self.tick = min(1.0, timeout / 10)

@@ -28,6 +28,8 @@ class Meter:
     :param parts: see Method.parts.
     """
 
+    sums: dict[str, Tensor]
+
     def __init__(self, parts: Sequence[str], device: torch.device):
         self.parts, self.device = tuple(parts), device
         self.restart()
@@ -109,6 +111,8 @@ def peak_memory(device: torch.device) -> int:
 class SignalsNoted(contextlib.AbstractContextManager):
     """Inside, SIGINT, SIGTERM and SIGUSR1, with which SLURM warns of a time limit, are only noted, in `received`; a
     second one, a while later, acts at once."""
+
+    received: signal.Signals | None
 
     def __enter__(self) -> Self:
         self.received, self._when = None, 0.0
