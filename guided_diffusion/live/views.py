@@ -59,7 +59,7 @@ class TrainingView(Callback):
                  for name in losses if splits]
         scores = [Curves("scores of the validation cases",
                          {f"val_{name}_{validation.SCORED}": f"{name}_{validation.SCORED}"
-                          for name in validation.SCORES}, **SMALL)] if flags["val_dir"] else []
+                          for name in validation.LOGGED}, **SMALL)] if flags["val_dir"] else []
         for window in [*scores, *parts][:1]:  # stands in the first row
             window.opts.update(LARGE)
         self.curves = [

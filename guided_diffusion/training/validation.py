@@ -18,7 +18,7 @@ from .callback import Callback, Loop, Stopped
 
 SHOWN = 4  # cases in the panel, and members of theirs
 SCORED = 16  # members that are scored
-SCORES = ("GED", "CI", "D_max")
+LOGGED = ("GED", "CI", "D_max")  # of metrics.SCORES
 
 
 class Validation(Callback):
@@ -111,4 +111,4 @@ class Validation(Callback):
             return {}
         pairs = [metrics.Agreement(drawn, case.raters) for drawn, case in zip(masks, self.cases)]
         return {f"val_{name}_{self.members}": float(np.mean([metrics.SCORES[name](pair) for pair in pairs]))
-                for name in SCORES}
+                for name in LOGGED}

@@ -76,7 +76,8 @@ def test_every_flag_exists_with_its_default(job, table):
 @pytest.mark.parametrize("job", [TRAINING, SAMPLING])
 def test_every_flag_takes_a_value_of_its_own_kind(job):
     flags = {**PUBLISHED["both"], **PUBLISHED[job], **OWN["both"], **OWN[job]}
-    other = {"method": "cimd", "network": "unet", "prediction": "xstart", "noise_schedule": "cosine", "schedule_sampler": "loss-second-moment", "fit": "crop", "local_rank": 1,
+    other = {"method": "cimd", "network": "unet", "prediction": "xstart", "noise_schedule": "cosine",
+             "schedule_sampler": "loss-second-moment", "fit": "crop", "local_rank": 1,
              "ema_rate": "0.5,0.9", "median_blur": 3, "microbatch": 2, "dropout": 0.5, "class_cond": False,
              "use_ddim": True, "ddim_eta": 0.5, "use_fp16": False, "sampler": "ddim"}
     # not with timestep_respacing, with num_head_channels, and without use_fp16; a plugin must be there
