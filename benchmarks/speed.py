@@ -34,7 +34,8 @@ from tqdm import tqdm
 from guided_diffusion import resample, samplers, script_util
 from guided_diffusion.commands.cli import run_script as run_main
 from guided_diffusion.data import phantoms, stream
-from guided_diffusion.data.cases import Case, SegmentationCases, read_case
+from guided_diffusion.data.case_files import read_case
+from guided_diffusion.data.cases import Case, SegmentationCases
 from guided_diffusion.draw import plots
 from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.sampling.ensembles import EnsembleSampler, largest_batch
@@ -350,8 +351,8 @@ def measure_loader(args):
         def decode():
             for i in range(0, count, batch):
                 read = [read_case(files) for files in cases.cases[i:i + batch]]
-                np.stack([np.repeat(pixels / np.float32(255), 4, axis=0) for pixels, _ in read])
-                np.stack([masks[:1].astype(np.float32) for _, masks in read])
+                np.stack([np.repeat(pixels / np.float32(255), 4, axis=0) for pixels, *_ in read])
+                np.stack([masks[:1].astype(np.float32) for _, masks, *_ in read])
 
         def streamed(cases):
             batches = stream.ShuffledCases(cases).batches(batch)
