@@ -4,11 +4,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from guided_diffusion import checkpoint, script_util
+from guided_diffusion import checkpoint
+from guided_diffusion.flags import apply_stored_flags, defaults
 from guided_diffusion.sampling.ensembles import EnsembleSampler
+from guided_diffusion.script_util import create_method, drawing_flags
 from guided_diffusion.system import storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,11 +34,12 @@ def run_script(name, *flags):
 def load_sampler(model_path, respacing, seed=0, batch_size=64, sampler="ancestral", bf16=None):
     """An EnsembleSampler of a checkpoint with flags.json beside it, walking a --timestep_respacing; in bfloat16 where
     that is fast, unless told."""
-    flags = {**checkpoint.load_flags(storage.folder_of(model_path)), "timestep_respacing": respacing}
-    known = script_util.model_and_diffusion_defaults()
-    model, diffusion = script_util.create_model_and_diffusion(**{k: v for k, v in flags.items() if k in known})
-    checkpoint.load_model(model, model_path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if bf16 or bf16 is None and fast_bf16() else None
-    model = model.to(device).eval().convert_for_sampling(dtype)
-    return EnsembleSampler(model, diffusion, batch_size=batch_size, seed=seed, sampler=sampler)
+    flags = SimpleNamespace(**defaults("model", "diffusion", "method"))
+    folder = storage.folder_of(model_path)
+    apply_stored_flags(flags, {}, checkpoint.load_flags(folder), folder)
+    flags.timestep_respacing = respacing
+    method = create_method(drawing_flags(flags, sampler=sampler), training=False)
+    checkpoint.load_model(method.model, model_path)
+    method.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    method.prepare(torch.bfloat16 if bf16 or bf16 is None and fast_bf16() else None)
+    return EnsembleSampler(method, batch_size=batch_size, seed=seed)

@@ -1,4 +1,4 @@
-"""Scores against network calls a mask, for every sampler: how few calls lose nothing?
+"""Scores against network calls a mask, for every sampler: what do fewer calls cost?
 
     python benchmarks/steps.py --model_path results/cpu-32/emasavedmodel_0.999_010000.pt --data_dir LIDC/val --fit crop
 

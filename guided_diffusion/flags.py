@@ -129,14 +129,17 @@ class _Flags:
 
     def __iter__(self) -> Iterator[Flag]:
         yield from _COMMON
-        owned = {}
+        common, owned = {flag.name for flag in _COMMON}, {}
         for table in TABLES:
             for flag in table.flags():
-                if flag.name in {other.name for other in _COMMON} or owned.setdefault(flag.name, flag) != flag:
-                    file = table.entries[table.owners(flag.name)[0]].file
+                file = table.entries[table.owners(flag.name)[0]].file
+                if flag.name in common:
                     raise InputError(f"--{flag.name}: is declared in {file}, but is another flag already; rename it"
                                      f" there")
-        yield from owned.values()
+                known, other = owned.setdefault(flag.name, (flag, file))
+                if known != flag:
+                    raise InputError(f"--{flag.name}: is a flag in {other}, and another one in {file}; rename one")
+        yield from (flag for flag, _ in owned.values())
 
 
 FLAGS = _Flags()

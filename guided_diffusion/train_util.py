@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ class TrainLoop:
             self.ddp = DistributedDataParallel(method, gradient_as_bucket_view=True)
         self.meter = Meter(method.parts, self.device)
 
-    def tell(self, event: str, *args, **kwargs) -> list:
+    def tell(self, event: str, *args: Any, **kwargs: Any) -> list:
         """Call a method of every callback; returns what they return."""
         return [getattr(callback, event)(self, *args, **kwargs) for callback in self.callbacks]
 

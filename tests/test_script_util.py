@@ -1,6 +1,7 @@
 """Flags -> objects: what they build, and what is said about those that cannot be."""
 
 import copy
+import inspect
 import os
 import shutil
 import subprocess
@@ -12,16 +13,98 @@ from helpers.refusals import refusal
 
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from guided_diffusion.nn import compile_network
+from guided_diffusion.predictions import PREDICTIONS
 from guided_diffusion.script_util import (
     create_encoders,
     create_gaussian_diffusion,
     create_model,
     create_model_and_diffusion,
+    model_and_diffusion_defaults,
 )
 
 TINY = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8",
             num_heads=1)
 
+
+# the signatures of guided-diffusion; a name without a default is required
+REQUIRED = inspect.Parameter.empty
+PUBLISHED_MODEL = dict(
+    image_size=REQUIRED, num_channels=REQUIRED, num_res_blocks=REQUIRED, channel_mult="", learn_sigma=False,
+    class_cond=False, use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1,
+    num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False,
+    use_new_attention_order=False)
+PUBLISHED_DIFFUSION = dict(
+    steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
+    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="")
+
+
+# ---- published names ----
+
+@pytest.mark.parametrize("function, published, own", [
+    (create_model, PUBLISHED_MODEL, {"image_channels": 4}),
+    (create_gaussian_diffusion, PUBLISHED_DIFFUSION, {"prediction": "", "diffusion_steps": None})])
+def test_published_functions_take_the_published_arguments_with_their_defaults(function, published, own):
+    parameters = inspect.signature(function).parameters
+    assert {name: parameter.default for name, parameter in parameters.items()} == {**published, **own}
+    assert list(parameters)[:len(published)] == list(published)  # those of create_model may be given by place
+    kinds = {parameter.kind for parameter in parameters.values()}
+    assert kinds == {inspect.Parameter.KEYWORD_ONLY if published is PUBLISHED_DIFFUSION else
+                     inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def test_default_of_published_functions_is_what_they_build():
+    """One that says a default and builds another would be worse than none."""
+    with torch.device("meta"):
+        one = create_model(64, 32, 1)
+        other = create_model(64, 32, 1, "1,2,3,4", False, False, False, "16", 1, -1, -1, False, 0.0, False, False,
+                             False, 4)
+    flags = create_model_and_diffusion(image_size=64, num_channels=32, num_res_blocks=1)[0]
+    shapes, same, differ = ({name: value.shape for name, value in model.state_dict().items()}
+                            for model in (one, other, flags))
+    assert shapes == same and shapes != differ  # the flags' defaults are the published scripts', not these
+    assert one.input_blocks[0][0].in_channels == 5 and one.out[2].out_channels == 1
+    sides = {"input_blocks.5.1.qkv.weight", "input_blocks.7.1.qkv.weight"}  # of side 16, and of side 8
+    assert {name for name in shapes if name in sides} == {"input_blocks.5.1.qkv.weight"}
+    assert sides <= differ.keys()
+    heads = {module.num_heads for module in one.modules() if hasattr(module, "num_heads")} - {-1}
+    assert heads == {1}
+
+
+def test_model_and_diffusion_together_take_the_flags_defaults():
+    defaults = model_and_diffusion_defaults()
+    published = dict(image_size=64, num_channels=128, num_res_blocks=2, num_heads=4, num_heads_upsample=-1,
+                     num_head_channels=-1, attention_resolutions="16,8", channel_mult="", dropout=0.0,
+                     class_cond=False, use_checkpoint=False, use_scale_shift_norm=True, resblock_updown=False,
+                     use_fp16=False, use_new_attention_order=False, learn_sigma=False, diffusion_steps=1000,
+                     noise_schedule="linear", timestep_respacing="", use_kl=False, predict_xstart=False,
+                     rescale_timesteps=False, rescale_learned_sigmas=False)
+    assert published.items() <= defaults.items()
+    model = create_model_and_diffusion(num_channels=32)[0]
+    expected = dict(image_size=64, num_channels=32, num_res_blocks=2, num_heads=4, attention_resolutions="16,8",
+                    use_scale_shift_norm=True)
+    with torch.device("meta"):
+        same = create_model(**expected)
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in same.state_dict().items()}
+
+
+def test_network_and_process_of_one_call_agree_about_the_variance_and_the_prediction():
+    for learn_sigma in (False, True):
+        for flags, prediction in (({}, "eps"), ({"predict_xstart": True}, "xstart"), ({"prediction": "v"}, "v")):
+            model, diffusion = create_model_and_diffusion(**TINY, learn_sigma=learn_sigma, **flags)
+            assert model.out[2].out_channels == 1 + learn_sigma
+            assert (diffusion.model_var_type == ModelVarType.LEARNED_RANGE) is learn_sigma
+            assert diffusion.model_mean_type == prediction and diffusion.prediction is PREDICTIONS[prediction]
+
+
+def test_both_spellings_of_the_prediction_may_not_contradict_each_other():
+    for function, flags in ((create_gaussian_diffusion, {}), (create_model_and_diffusion, TINY)):
+        assert refusal(function, **flags, predict_xstart=True, prediction="v") == (
+            "--predict_xstart True and --prediction v: choose one")
+    assert create_gaussian_diffusion(predict_xstart=True, prediction="xstart").model_mean_type == "xstart"
+
+
+# ---- the network ----
 
 @pytest.mark.parametrize("image_size, mult", [(64, (1, 2, 3, 4)), (128, (1, 1, 2, 3, 4)), (256, (1, 1, 2, 2, 4, 4)),
                                               (512, (1, 1, 2, 2, 4, 4))])
@@ -84,9 +167,10 @@ def test_class_labels_can_be_used_from_python():
 
 
 def test_misspelled_python_flag_is_a_type_error():
-    for function in (create_model, create_gaussian_diffusion, create_model_and_diffusion, create_encoders):
+    for function, flags in ((create_model, TINY), (create_gaussian_diffusion, {}), (create_model_and_diffusion, TINY),
+                            (create_encoders, {})):
         with pytest.raises(TypeError, match="imagesize"):
-            function(imagesize=3)
+            function(**flags, imagesize=3)
 
 
 @pytest.mark.parametrize("flags, attribute, value", [
@@ -152,7 +236,7 @@ def test_compiled_network_computes_the_same_under_the_same_names(capsys, monkeyp
         compile_network(model, torch.device("cpu"))
         got = model(*inputs)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs + 1  # the trial's and the network's
-        assert "compiles the U-Net" in capsys.readouterr().out and expected.std() > 0.01
+        assert "compiles the network" in capsys.readouterr().out and expected.std() > 0.01
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
         assert list(model.state_dict()) == names
         copied = copy.deepcopy(model)

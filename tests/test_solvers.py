@@ -471,7 +471,8 @@ def test_no_graph_is_kept(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_ten_steps_of_a_cosine_schedule_are_close_to_exact_arithmetic_in_float32(name, spacing, predicts, tolerance):
     """Its last timestep has a signal of 1 in 20,000, the hardest place for a network that predicts noise."""
-    diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing=f"{spacing}10", prediction=predicts)
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing=f"{spacing}10",
+                                          prediction=predicts)
     alpha, sigma = levels("cosine", 1000)
 
     def model(x, timesteps):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from .masks import packed_size
 _MAGIC = b"DECODED1"
 _TAIL = struct.Struct("<Q8s")
 
+Record = tuple[np.ndarray, np.ndarray]  # image [C, S, S] uint8 or uint16, masks [R, bytes] uint8
+
 
 class DecodedFile:
     """Records (image [C, S, S] uint8 or uint16, masks [R, bytes] uint8), as read-only views of the file.
@@ -26,7 +29,7 @@ class DecodedFile:
     :raises OSError: if there is no such file, or it is of another key.
     """
 
-    def __init__(self, path, key):
+    def __init__(self, path: str | Path, key: str):
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             if size < _TAIL.size:
@@ -57,10 +60,10 @@ class DecodedFile:
         if not np.isin(itemsize, (1, 2)).all() or (ends > size).any() or (row != packed_size(side, side)).any():
             raise ValueError
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Record:
         offset, itemsize, channels, side, raters, row = self.records[i].tolist()
         middle = offset + channels * side * side * itemsize
         image = self.bytes[offset:middle].view(np.uint8 if itemsize == 1 else np.uint16)
@@ -68,7 +71,7 @@ class DecodedFile:
                 self.bytes[middle:middle + raters * row].reshape(raters, row))
 
 
-def write(path, key, records):
+def write(path: str | Path, key: str, records: Iterable[Record]) -> None:
     """Write a DecodedFile of an iterable of records; nothing is left behind if that fails."""
     path, offset, index = Path(path), 0, []
     part = path.with_name(f"{path.name}.part")
@@ -89,7 +92,7 @@ def write(path, key, records):
 
 
 @contextlib.contextmanager
-def locked(path):
+def locked(path: str | Path) -> Iterator[None]:
     """One process at a time inside, among those that ask for the same path; those of Windows are not held back."""
     try:
         import fcntl

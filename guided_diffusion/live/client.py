@@ -14,24 +14,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from .. import logger
 from ..system.errors import InputError
 
 
-def environment_name(name):
+def environment_name(name: str) -> str:
     """What Visdom calls an environment that a run would name so: some characters its pages cannot be reached under, and
     what stands before an underscore it takes for a group."""
     return re.sub(r"[^\w.]|_", "-", name) or "main"
 
 
-def page(url, env):
+def page(url: str, env: str) -> str:
     """Where an environment of the server at this URL is to be seen."""
     return f"{url}/env/{quote(env)}"
 
 
-def split_address(server, port):
+def split_address(server: str, port: int) -> tuple[str, int, str]:
     """(scheme://host, port, path) of a server.
 
     :param server: http:// or https://, host, and optionally :port and /path; "" for this machine's.
@@ -54,7 +55,7 @@ def split_address(server, port):
     return f"{parts.scheme}://{host}", port, parts.path.rstrip("/")
 
 
-def start_server(address, port, path="", patience=60.0):
+def start_server(address: str, port: int, path: str = "", patience: float = 60.0) -> None:
     """Start a Visdom server on this machine that outlives this process, unless one listens already, and wait for it."""
     if listens(port):
         return
@@ -82,7 +83,7 @@ def listens(port: int, timeout: float = 1.0) -> bool:
     return False
 
 
-def visdom_client(env, address, port, path):
+def visdom_client(env: str, address: str, port: int, path: str) -> Any:
     """Visdom's own client, which hands over its messages instead of sending them.
 
     It logs in with VISDOM_USERNAME and VISDOM_PASSWORD if they are set.

@@ -15,10 +15,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .errors import InputError
 from .flag import Flag
+
+Added = TypeVar("Added")  # a function or class
 
 
 class Entry(NamedTuple):
@@ -42,7 +44,7 @@ class Registry(Mapping):
         self._entries: dict[str, Entry] = {}
         self._found = package is None
 
-    def add(self, name: str, help: str = "", flags: Sequence[Flag] = ()) -> Callable:
+    def add(self, name: str, help: str = "", flags: Sequence[Flag] = ()) -> Callable[[Added], Added]:
         """A decorator that registers a function or class under this name and returns it unchanged.
 
         :raises InputError: if another file has registered the name already.
@@ -129,5 +131,7 @@ def load_plugin(path: str) -> None:
 def place_of(error: Exception, file: str) -> str:
     """"line 3: ValueError: its message", of what was raised in or below the last line run in a file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    line = getattr(error, "lineno", None) or (lines[-1] if lines else 0)
+    if isinstance(error, SyntaxError) and error.filename == file:  # nothing of it was run
+        lines = [error.lineno]
+    line = lines[-1] if lines else 0
     return f"line {line}: {type(error).__name__}: {error}"

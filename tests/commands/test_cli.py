@@ -7,15 +7,18 @@ import pytest
 import torch
 from helpers.refusals import refusal
 
+from guided_diffusion import checkpoint
 from guided_diffusion.commands import cli
 from guided_diffusion.commands.cli import parse_flags
-from guided_diffusion.flags import apply_stored_flags, pick, stored_flags
+from guided_diffusion.flags import apply_stored_flags, pick, settle, stored_flags
 from guided_diffusion.gaussian_diffusion import ModelVarType
 from guided_diffusion.methods.process import settle_sampler
 from guided_diffusion.metrics import SCORES
+from guided_diffusion.networks import NETWORKS
+from guided_diffusion.predictions import PREDICTIONS
 from guided_diffusion.respace import SPACINGS
 from guided_diffusion.samplers import SAMPLERS, network_calls
-from guided_diffusion.script_util import BEST, autocast_dtype, create_gaussian_diffusion, create_model
+from guided_diffusion.script_util import BEST, autocast_dtype, create_gaussian_diffusion
 
 TRAINING, SAMPLING, EVALUATION = "training", "sampling", "evaluation"
 
@@ -36,15 +39,16 @@ PUBLISHED = {
         use_ddim=False),
 }
 OWN = {
-    "both": dict(image_channels=4, use_bf16=False, seed=0, fit="error", visdom_port=8097, results_dir=""),
+    "both": dict(method="cimd", network="unet", prediction="eps", image_channels=4, use_bf16=False, plugin="", seed=0,
+                 fit="error", visdom_port=8097, results_dir=""),
     TRAINING: dict(max_steps=0, kl_weight=0.001),
     SAMPLING: dict(ddim_eta=0.0, median_blur=0, evaluate=False, sampler="ancestral", sampling_steps=0,
                    timestep_spacing="uniform"),
 }
 EVALUATION_FLAGS = dict(
     data_dir="./data/testing", samples_dir="./results", pattern="{case}_output{i}.png", ensemble_sizes="4,16,50,100",
-    skip_missing=False, patient_pattern=r"\D*\d+", output_dir="", fit="error", seed=0, ngpu=0, local_rank=None,
-    dist_timeout=600.0)
+    skip_missing=False, patient_pattern=r"\D*\d+", output_dir="", plugin="", fit="error", seed=0, ngpu=0,
+    local_rank=None, dist_timeout=600.0)
 
 MODEL_FLAGS = ("--image_size 128 --num_channels 128 --class_cond False --num_res_blocks 2 --num_heads 1"
                " --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16")
@@ -72,10 +76,12 @@ def test_every_flag_exists_with_its_default(job, table):
 @pytest.mark.parametrize("job", [TRAINING, SAMPLING])
 def test_every_flag_takes_a_value_of_its_own_kind(job):
     flags = {**PUBLISHED["both"], **PUBLISHED[job], **OWN["both"], **OWN[job]}
-    other = {"noise_schedule": "cosine", "schedule_sampler": "loss-second-moment", "fit": "crop", "local_rank": 1,
+    other = {"method": "cimd", "network": "unet", "prediction": "xstart", "noise_schedule": "cosine",
+             "schedule_sampler": "loss-second-moment", "fit": "crop", "local_rank": 1,
              "ema_rate": "0.5,0.9", "median_blur": 3, "microbatch": 2, "dropout": 0.5, "class_cond": False,
              "use_ddim": True, "ddim_eta": 0.5, "use_fp16": False, "sampler": "ddim"}
-    for name in ("sampling_steps", "timestep_spacing"):  # not with timestep_respacing
+    # not with timestep_respacing, with num_head_channels, and without use_fp16; a plugin must be there
+    for name in ("sampling_steps", "timestep_spacing", "num_heads", "fp16_scale_growth", "plugin"):
         flags.pop(name, None)
     for name, default in flags.items():
         if name not in other:
@@ -139,7 +145,7 @@ def test_published_command_lines_parse(job, text, expected):
 def test_published_model_flags_build_the_published_network():
     args, _ = parse(SAMPLING, f"{MODEL_FLAGS} {DIFFUSION_FLAGS}")
     with torch.device("meta"):  # shapes without memory
-        model = create_model(**pick(args, "model"), learn_sigma=args.learn_sigma)
+        model = NETWORKS[args.network](args, 1, 2)
     diffusion = create_gaussian_diffusion(**pick(args, "diffusion"))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(85.6, abs=0.05)
     assert model.state_dict()["input_blocks.0.0.weight"].shape == (128, 5, 3, 3)
@@ -187,7 +193,7 @@ def test_help_is_grouped_and_mentions_every_flag_with_its_default(run, script, j
     result = run(script, "--help")
     assert result.code == 0 and result.err == ""
     headings = [line[:-1] for line in result.out.splitlines() if line and line[0] != " " and line.endswith(":")]
-    assert {"the U-Net", "the diffusion process", job, "files and processes", "results"} <= set(headings)
+    assert {"the network", "the diffusion process", job, "files and processes", "results"} <= set(headings)
     assert ("AMN and ACN, the encoders of the ambiguity loss" in headings) == (job == TRAINING)
     flags = {**PUBLISHED["both"], **PUBLISHED[job], **OWN["both"], **OWN[job]}
     words = " ".join(result.out.split())
@@ -202,7 +208,7 @@ def test_help_of_the_evaluation_mentions_its_flags_and_files_only(run):
     assert result.code == 0 and result.err == ""
     headings = [line[:-1] for line in result.out.splitlines() if line and line[0] != " " and line.endswith(":")]
     assert {EVALUATION, "files and processes"} <= set(headings)
-    assert not {"the U-Net", "the diffusion process", "results"} & set(headings)
+    assert not {"the network", "the diffusion process", "results"} & set(headings)
     words = " ".join(result.out.split())
     for name, default in EVALUATION_FLAGS.items():
         assert f" --{name} " in result.out or f" --{name}," in result.out, name
@@ -262,6 +268,78 @@ def test_half_precision_without_cuda_names_the_alternative(monkeypatch):
 def test_the_view_is_off_unless_it_or_a_server_is_asked_for(text, mode):
     for job in (TRAINING, SAMPLING):
         assert parse(job, text)[0].visdom == mode
+
+
+# ---- what the network predicts ----
+
+@pytest.mark.parametrize("text, prediction", [
+    ("", "eps"), ("--predict_xstart True", "xstart"), ("--predict_xstart False", "eps"),
+    *((f"--prediction {name}", name) for name in PREDICTIONS),
+    ("--prediction xstart --predict_xstart True", "xstart"), ("--prediction v --predict_xstart False", "v"),
+    ("--predict_xstart False --prediction eps", "eps")])
+def test_both_spellings_of_the_prediction_agree(text, prediction):
+    for job in (TRAINING, SAMPLING):
+        args, _ = parse(job, text)
+        assert args.prediction == prediction and args.predict_xstart is (prediction == "xstart")
+        assert create_gaussian_diffusion(**pick(args, "diffusion")).model_mean_type == prediction
+
+
+@pytest.mark.parametrize("predict_xstart, prediction", [(True, "eps"), (True, "v"), (False, "xstart")])
+def test_both_spellings_of_the_prediction_given_unlike_are_refused(predict_xstart, prediction):
+    for job in (TRAINING, SAMPLING):
+        assert refusal(parse, job, f"--prediction {prediction} --predict_xstart {predict_xstart}") == (
+            f"--predict_xstart {predict_xstart} and --prediction {prediction}: choose one")
+
+
+def test_prediction_that_is_none_is_refused_with_those_there_are():
+    message = refusal(parse, TRAINING, "--prediction score")
+    assert "--prediction" in message and all(f"'{name}'" in message for name in PREDICTIONS)
+
+
+@pytest.mark.parametrize("stored, prediction", [(True, "xstart"), (False, "eps")])
+def test_flags_of_a_run_from_before_there_were_other_predictions_say_what_it_predicts(tmp_path, stored, prediction):
+    checkpoint.save_flags(tmp_path, {"image_size": 16, "predict_xstart": stored})
+    for text in ("", f"--predict_xstart {stored}", f"--prediction {prediction}"):
+        args, given = parse(SAMPLING, text)
+        apply_stored_flags(args, given, checkpoint.load_flags(tmp_path), "run")
+        settle(args, given)
+        assert (args.prediction, args.predict_xstart) == (prediction, stored)
+    for text in (f"--prediction {'eps' if stored else 'xstart'}", "--prediction v", f"--predict_xstart {not stored}"):
+        args, given = parse(SAMPLING, text)
+        message = refusal(apply_stored_flags, args, given, checkpoint.load_flags(tmp_path), "run")
+        assert f"{text} (there: " in message and "not what the model in run was built with" in message
+
+
+def test_stored_prediction_of_velocity_is_taken_over_and_no_other_may_be_given(tmp_path):
+    stored = stored_flags(parse(TRAINING, "--prediction v")[0])
+    args, given = parse(SAMPLING)
+    apply_stored_flags(args, given, stored, "run")
+    settle(args, given)
+    assert args.prediction == "v" and args.predict_xstart is False
+    args, given = parse(SAMPLING, "--predict_xstart True")
+    assert "--predict_xstart True (there: False)" in refusal(apply_stored_flags, args, given, stored, "run")
+
+
+# ---- flags without effect ----
+
+@pytest.mark.parametrize("text, words", [
+    ("--kl_weight 0 --latent_dim 3", ["--latent_dim 3", "--kl_weight 0"]),
+    ("--kl_weight 0 --num_filters 8,16", ["--num_filters 8,16", "--kl_weight 0"]),
+    ("--rescale_learned_sigmas True", ["--rescale_learned_sigmas True", "--learn_sigma True"]),
+    ("--fp16_scale_growth 0.01", ["--fp16_scale_growth 0.01", "--use_fp16 True"]),
+    ("--num_heads 2 --num_head_channels 32", ["--num_heads 2", "--num_head_channels 32"]),
+])
+def test_flag_without_effect_is_refused_and_the_message_says_beside_which(text, words):
+    message = refusal(parse, TRAINING, text)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("text", [
+    "--kl_weight 0 --latent_dim 6 --num_filters 32,64,128,192", "--rescale_learned_sigmas False",
+    "--rescale_learned_sigmas True --learn_sigma True", "--fp16_scale_growth 0.001",
+    "--num_heads 2 --num_head_channels -1"])
+def test_defaults_written_out_have_no_effect_to_be_refused(text):
+    assert parse(TRAINING, text)[1].keys() == {word[2:] for word in text.split() if word.startswith("--")}
 
 
 # ---- which sampler ----
@@ -415,7 +493,7 @@ def test_stored_channel_multiples_of_any_kind_are_refused_by_name():
     for mult in ("nan", "inf,1", "-1,2", "1e300"):
         args, given = parse(SAMPLING)
         apply_stored_flags(args, given, {"channel_mult": mult, "image_size": 16}, "run")
-        assert f"--channel_mult {mult}" in refusal(create_model, **pick(args, "model"))
+        assert f"--channel_mult {mult}" in refusal(NETWORKS[args.network], args)
 
 
 # ---- the results folder ----
