@@ -124,6 +124,8 @@ class TrainLoop:
             for rate, ema in self._ema.items():
                 pairs = zip(ema.parameters(), self.method.model.parameters())
                 update_ema(*map(list, zip(*((mean, p) for mean, p in pairs if p.requires_grad))), float(rate))
+                for kept, buffer in zip(ema.buffers(), self.method.model.buffers()):
+                    kept.copy_(buffer)  # statistics, of a batch norm say, which are means themselves
 
     @property
     def ema(self) -> dict[str, nn.Module]:

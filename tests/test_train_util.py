@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.loops import Memory, batch, logged, make_cases, make_loop, next_floats, saver_of, spoil, watch_steps
-from helpers.models import SIZE, assert_same, awake, make_cimd, weights
+from helpers.models import SIZE, MeanOutline, assert_same, awake, make_cimd, weights
+from torch import nn
 
 from guided_diffusion import checkpoint, logger
 from guided_diffusion.data.cases import Case
@@ -136,6 +137,17 @@ def test_moving_averages_follow_their_closed_form_over_the_steps_that_were_not_s
             torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
     assert_same(weights(loop.ema["0.5"]), weights(loop.ema["0.5"]))  # asking again takes no step in twice
     assert not any(p.requires_grad for p in loop.ema["0.5"].parameters())
+
+
+def test_averages_have_the_statistics_of_a_batch_norm(tmp_path):
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 3, padding=1))
+    loop = make_loop(tmp_path, MeanOutline(model=model), max_steps=3, ema_rate="0.5")
+    loop.run_loop()
+    average = checkpoint.load(tmp_path / checkpoint.ema_name("0.5", 3))
+    assert average["0.num_batches_tracked"] == 3 and abs(average["0.running_mean"]).max() > 0.01
+    for name, value in model.named_buffers():
+        assert torch.equal(average[name], value)
+    assert not torch.equal(average["1.weight"], model[1].weight)
 
 
 # ---- randomness ----

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import logger
-from ..checkpoint import NEWEST, files_of, save, steps_in
+from ..checkpoint import FROZEN, NEWEST, files_of, save, steps_in
 from ..system import storage
 
 
@@ -64,7 +64,7 @@ class Saver:
                 save(storage.join(self.folder, name), state)
                 written.append(name)
         except BaseException:
-            self._remove(name for name in written if name != NEWEST)  # a part of a checkpoint only takes space
+            self._remove(name for name in written if name not in (NEWEST, FROZEN))  # a part only takes space
             raise
         self.prune(step)
 

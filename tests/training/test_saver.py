@@ -138,6 +138,24 @@ def test_older_checkpoints_stay_until_the_new_one_is_whole(tmp_path, monkeypatch
     assert saver.last == 3 and not saver.problem and checkpoint.steps_in(tmp_path) == [3]
 
 
+def test_weights_that_are_never_trained_stay_when_the_rest_of_their_checkpoint_fails(tmp_path, monkeypatch):
+    """The next checkpoint, which may have been asked for before that failed, does not bring them again."""
+    write = storage.write_bytes
+
+    def full(path, data):
+        if os.path.basename(path) == checkpoint.model_name(1):
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    saver = Saver(tmp_path)
+    saver.begin(1, {checkpoint.FROZEN: {"frozen": torch.ones(3)}, **files(1, 1)})
+    saver.begin(2, files(2, 2))
+    saver.wait()
+    assert checkpoint.steps_in(tmp_path) == [2] and not list(tmp_path.glob("*000001*"))
+    assert (checkpoint.load(tmp_path / checkpoint.FROZEN)["frozen"] == 1).all()
+
+
 def test_a_folder_that_comes_back_is_saved_to_at_the_next_line_of_the_log(tmp_path, capsys):
     folder, away = tmp_path / "results", tmp_path / "away"
     folder.mkdir()
