@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import torch
 
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, script_util
 from guided_diffusion.flags import apply_stored_flags, defaults
 from guided_diffusion.sampling.ensembles import EnsembleSampler
-from guided_diffusion.script_util import create_method, drawing_flags
 from guided_diffusion.system import storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,12 +33,11 @@ def run_script(name, *flags):
 def load_sampler(model_path, respacing, seed=0, batch_size=64, sampler="ancestral", bf16=None):
     """An EnsembleSampler of a checkpoint with flags.json beside it, walking a --timestep_respacing; in bfloat16 where
     that is fast, unless told."""
-    flags = SimpleNamespace(**defaults("model", "diffusion", "method"))
-    folder = storage.folder_of(model_path)
-    apply_stored_flags(flags, {}, checkpoint.load_flags(folder), folder)
-    flags.timestep_respacing = respacing
-    method = create_method(drawing_flags(flags, sampler=sampler), training=False)
+    folder, args = storage.folder_of(model_path), SimpleNamespace(**defaults("model", "diffusion", "method"))
+    apply_stored_flags(args, {}, checkpoint.load_flags(folder), folder)
+    args.timestep_respacing = respacing
+    method = script_util.create_method(script_util.drawing_flags(args, sampler=sampler), training=False)
     checkpoint.load_model(method.model, model_path)
-    method.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    method.prepare(torch.bfloat16 if bf16 or bf16 is None and fast_bf16() else None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method.to(device).prepare(torch.bfloat16 if bf16 or bf16 is None and fast_bf16() else None)
     return EnsembleSampler(method, batch_size=batch_size, seed=seed)

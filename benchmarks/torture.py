@@ -381,7 +381,7 @@ def kill_sampling(part, folder, rng):
     model = part.folder / checkpoint.NEWEST
     if not model.exists():
         torch.manual_seed(0)
-        network = script_util.create_model(**MODEL)
+        network, _ = script_util.create_model_and_diffusion(**MODEL)
         for p in network.parameters():
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
         checkpoint.save_flags(part.folder, {**MODEL, "diffusion_steps": 50})

@@ -70,6 +70,9 @@ def test_several_problems_make_one_line_each(train, data, tmp_path):
     (["--attention_resolutions", "7"], ["--attention_resolutions 7", "16, 8"]),
     (["--batch_size", 0], ["--batch_size 0"]),
     (["--class_cond", "True"], ["--class_cond"]),
+    (["--predict_xstart", "True", "--prediction", "v"], ["--predict_xstart True and --prediction v: choose one"]),
+    (["--rescale_learned_sigmas", "True"], ["--rescale_learned_sigmas True", "--learn_sigma True"]),
+    (["--num_head_channels", 16], ["--num_heads 1 and --num_head_channels 16: choose one"]),
     (["--num_channels", 48], ["--num_channels 48", "multiple of 32"]),
     (["--num_heads", 3], ["--num_heads 3"]),
     (["--use_fp16", "True", "--use_bf16", "True"], ["choose one"]),
@@ -103,8 +106,7 @@ def spoil_checkpoint(path, how):
         path.write_text("hello\n" * 100)
         return ["not a checkpoint"]
     assert how == "another architecture"
-    other = script_util.create_model(**{name: value for name, value in MODEL.items() if name != "diffusion_steps"}
-                                     | {"num_res_blocks": 2})
+    other, _ = script_util.create_model_and_diffusion(**MODEL | {"num_res_blocks": 2})
     checkpoint.save(path, other.state_dict())
     return ["another architecture", "output_blocks."]
 

@@ -8,6 +8,7 @@ from helpers.files import read, times, tree
 from PIL import Image
 
 from guided_diffusion import checkpoint, script_util
+from guided_diffusion.sampling import files
 
 KINDS = ["ensemble.npz", "mean.png", "montage.png", "output0.png", "output1.png", "std.png"]  # of 2 members
 
@@ -15,7 +16,7 @@ KINDS = ["ensemble.npz", "mean.png", "montage.png", "output0.png", "output1.png"
 def test_sampling_again_skips_complete_cases_and_redoes_an_incomplete_one_identically(sample, tmp_path):
     results = tmp_path / "results"
     assert sample("results").code == 0
-    before, files = times(results), tree(results)
+    before, written = times(results), tree(results)
     result = sample("results")
     assert result.code == 0 and "3 cases from" in result.out and "3 of them already complete" in result.out
     assert times(results) == before
@@ -23,32 +24,44 @@ def test_sampling_again_skips_complete_cases_and_redoes_an_incomplete_one_identi
     (results / "case1_output0.png").unlink()
     result = sample("results")
     assert result.code == 0 and "2 of them already complete" in result.out
-    assert tree(results) == files
+    assert tree(results) == written
     changed = {name for name, when in times(results).items() if before.get(name) != when}
     assert changed == {f"case1_{kind}" for kind in KINDS}
 
 
 def test_sampling_again_after_a_damaged_file_redoes_that_case(sample, tmp_path):
     sample("results")
-    files = tree(tmp_path / "results")
+    written = tree(tmp_path / "results")
     (tmp_path / "results" / "case2_ensemble.npz").write_bytes(b"")
     result = sample("results")
-    assert result.code == 0 and "2 of them already complete" in result.out and tree(tmp_path / "results") == files
+    assert result.code == 0 and "2 of them already complete" in result.out and tree(tmp_path / "results") == written
 
 
 @pytest.mark.parametrize("flags", [["--seed", 1], ["--use_ddim", "True"], ["--median_blur", 3],
                                    ["--timestep_respacing", 4], ["--clip_denoised", "False"], ["--num_ensemble", 3]])
 def test_sampling_again_with_other_flags_redoes_every_case(sample, tmp_path, flags):
     sample("results", "--num_samples", 2)
-    files = tree(tmp_path / "results")
+    written = tree(tmp_path / "results")
     result = sample("results", "--num_samples", 2, *flags)
     assert result.code == 0 and "0 of them already complete" in result.out
     after = tree(tmp_path / "results")
-    assert files["case0_ensemble.npz"] != after["case0_ensemble.npz"]
+    assert written["case0_ensemble.npz"] != after["case0_ensemble.npz"]
     if flags[0] == "--num_ensemble":  # one more member beside the same two
         for name in ("case0_output0.png", "case1_output1.png"):
-            assert files[name] == after[name]
-        assert after.keys() - files.keys() == {"case0_output2.png", "case1_output2.png"}
+            assert written[name] == after[name]
+        assert after.keys() - written.keys() == {"case0_output2.png", "case1_output2.png"}
+
+
+def test_folder_of_an_earlier_release_stays_finished(sample, tmp_path, monkeypatch):
+    drawing_settings = files.drawing_settings
+    with monkeypatch.context() as earlier:  # whose fingerprints held the flags that only training knows
+        earlier.setattr(files, "drawing_settings", lambda *args: drawing_settings(*args)[1:])
+        assert sample("results", "--dropout", 0.3).code == 0
+    before = times(tmp_path / "results")
+    assert "3 of them already complete" in sample("results", "--dropout", 0.3).out
+    assert times(tmp_path / "results") == before
+    assert sample("new", "--dropout", 0.3).code == 0
+    assert "3 of them already complete" in sample("new", "--use_checkpoint", "True").out
 
 
 def test_another_model_or_another_scan_is_sampled_anew(sample, data, trained, tmp_path):

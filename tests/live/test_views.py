@@ -21,6 +21,7 @@ from guided_diffusion.draw import montage
 from guided_diffusion.live import views
 from guided_diffusion.live.monitor import recorded
 from guided_diffusion.live.views import ProgressPicture
+from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.sampling import ensembles
 
 
@@ -238,7 +239,7 @@ def test_masks_of_a_case_are_shown_as_they_are_drawn(make_cases, tmp_path, train
             view.begin(case)
             yield case
 
-    sampler = ensembles.EnsembleSampler(model.eval(), diffusion, batch_size=2)
+    sampler = ensembles.EnsembleSampler(CIMD(diffusion, model).prepare(), batch_size=2)
     for case, samples in sampler.ensembles(begun(), 3, view.on_step):
         view.show_case(case, to_masks(samples))
     # batches are case0's masks 0 and 1; its mask 2 and case1's mask 0; case1's masks 1 and 2

@@ -1,5 +1,7 @@
 """What is written for a case, and when it is complete."""
 
+import hashlib
+import json
 import os
 import threading
 import zipfile
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.data.cases import Case
 from guided_diffusion.data.masks import to_masks
 from guided_diffusion.sampling import files
@@ -143,6 +146,56 @@ def test_fingerprint_changes_with_the_scan_and_every_setting(cases):
     for name, value in (("seed", 1), ("image_size", 32), ("model", "1" * 64), ("sampler", "ddim"), ("new", 1)):
         others.append(files.fingerprint(case, **{**settings, name: value}))
     assert len({fingerprint, *others}) == 1 + len(others)
+
+
+# what fingerprints held before there were methods and predictions, beside the digest of the weights
+FIRST_SETTINGS = [
+    "image_size", "image_channels", "num_channels", "num_res_blocks", "channel_mult", "num_heads", "num_heads_upsample",
+    "num_head_channels", "attention_resolutions", "dropout", "class_cond", "use_checkpoint", "use_scale_shift_norm",
+    "resblock_updown", "use_new_attention_order", "use_fp16", "use_bf16", "learn_sigma", "diffusion_steps",
+    "noise_schedule", "timestep_respacing", "use_kl", "predict_xstart", "rescale_timesteps", "rescale_learned_sigmas",
+    "seed", "sampler", "ddim_eta", "clip_denoised", "median_blur"]
+
+
+def fingerprints(case, text):
+    """Those of the masks of a case with these flags that are good, the first being today's; and the first ever."""
+    args, _ = parse_flags("sampling", "", text.split())
+    first = {"model": "d" * 64, **{name: getattr(args, name) for name in FIRST_SETTINGS}}
+    digest = hashlib.sha256(json.dumps(first, sort_keys=True).encode() + case.image.tobytes()).hexdigest()
+    return [files.fingerprint(case, **settings) for settings in files.drawing_settings(args, "d" * 64)], digest
+
+
+@pytest.mark.parametrize("text", [
+    "", "--dropout 0.3", "--use_checkpoint True", "--dropout 0.1 --use_checkpoint True --seed 3",
+    "--predict_xstart True", "--prediction xstart --dropout 0.5", "--sampler best", "--use_ddim True --ddim_eta 0.5",
+    "--learn_sigma True --image_size 16 --channel_mult 1,2 --median_blur 3 --batch_size 7 --num_ensemble 9",
+    "--timestep_respacing ddim25 --noise_schedule cosine --clip_denoised False --use_bf16 True --num_samples 2"])
+def test_masks_with_the_fingerprints_of_the_first_releases_stay_good(cases, text):
+    good, first = fingerprints(cases[0], text)
+    assert first in good
+
+
+def test_fingerprint_does_not_follow_what_only_training_knows(cases):
+    expected = fingerprints(cases[0], "")[0]
+    for text in ("--dropout 0.3", "--use_checkpoint True", "--dropout 0.3 --use_checkpoint True"):
+        assert fingerprints(cases[0], text)[0][0] == expected[0]  # so that either run finds the masks of the other
+    assert set(expected) == {expected[0]}
+
+
+def test_fingerprint_follows_every_flag_that_decides_the_masks_and_no_other(cases):
+    expected = fingerprints(cases[0], "")[0]
+    for text in ("--batch_size 7", "--num_ensemble 9", "--num_samples 1", "--evaluate True", "--use_ddim False",
+                 "--prediction eps", "--method cimd", "--network unet", "--predict_xstart False", "--compile True"):
+        assert fingerprints(cases[0], text)[0] == expected, text
+    others = ["--prediction v", "--prediction xstart", "--sampler ddim", "--sampler ddim --ddim_eta 0.5",
+              "--sampler best", "--sampler best --sampling_steps 3", "--seed 1", "--median_blur 3",
+              "--learn_sigma True", "--use_bf16 True", "--clip_denoised False", "--num_heads 2",
+              "--noise_schedule cosine"]
+    seen = {*expected}
+    for text in others:
+        assert not seen & {*(good := fingerprints(cases[0], text)[0])}, text
+        seen |= {*good}
+    assert fingerprints(cases[0], "--predict_xstart True") == fingerprints(cases[0], "--prediction xstart")
 
 
 # ---- beside the drawing ----

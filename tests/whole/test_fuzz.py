@@ -18,8 +18,9 @@ from guided_diffusion.commands.cli import JOBS, parse_flags
 from guided_diffusion.data.case_files import find_cases
 from guided_diffusion.data.cases import SegmentationCases
 from guided_diffusion.flags import FLAGS, pick
+from guided_diffusion.networks import NETWORKS
 from guided_diffusion.scoring.ensemble_folder import EnsembleFolder, read_scored_case
-from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
+from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion
 from guided_diffusion.system.errors import InputError
 
 SIZE = 16
@@ -161,7 +162,7 @@ def test_what_parses_builds_what_it_describes_or_is_refused(words):
                 args.num_res_blocks > 4 or args.no_convs_per_block > 4:
             return  # would only take long
         with torch.device("meta"):  # shapes without memory
-            create_model(**pick(args, "model"), learn_sigma=args.learn_sigma)
+            NETWORKS[args.network](args, 1, 2 if args.learn_sigma else 1)
             create_encoders(**pick(args, "encoders"), image_channels=args.image_channels)
         create_gaussian_diffusion(**pick(args, "diffusion"))
         torch.amp.GradScaler("cpu", growth_factor=2.0 ** args.fp16_scale_growth)
