@@ -25,7 +25,7 @@ from guided_diffusion.scoring.evaluation import BACKGROUND, RATERS, Evaluation, 
 from guided_diffusion.script_util import BEST
 from guided_diffusion.system import storage
 
-SCORES = ("GED", "HM_IoU", "D_max", "S_c", "D_a", "CI", "soft_Dice", "ECE")
+COLUMNS = ("GED", "HM_IoU", "D_max", "S_c", "D_a", "CI", "soft_Dice", "ECE")
 
 
 def main():
@@ -33,13 +33,13 @@ def main():
     train(args)
     evaluation, cost = sample(args)
     summary = evaluation.write(args.results_dir)
-    head = ["", *(f"{name}_{args.num_ensemble}" if name in ("GED", "HM_IoU") else name for name in SCORES), *cost]
+    head = ["", *(f"{name}_{args.num_ensemble}" if name in ("GED", "HM_IoU") else name for name in COLUMNS), *cost]
     nothing = {name: "" for name in cost}
     rows = [head]
     for who, scores, costs in ((f"{args.preset}, {args.sampler} {args.timestep_respacing}", summary["all"], cost),
                                (RATERS, summary["references"][RATERS]["all"], nothing),
                                (BACKGROUND, summary["references"][BACKGROUND]["all"], nothing)):
-        rows.append([who, *(cell(scores[name]) for name in SCORES), *costs.values()])
+        rows.append([who, *(cell(scores[name]) for name in COLUMNS), *costs.values()])
     text = (f"{summary['cases']} cases of {summary['patients']} patients, {args.num_ensemble} masks a case; mean"
             f" [95 % interval over patients]\n\n{markdown(rows)}\n")
     storage.write_bytes(storage.join(args.results_dir, "table.md"), text.encode())

@@ -22,7 +22,7 @@ import torch
 from common import fast_bf16
 from tqdm import tqdm
 
-from guided_diffusion import flags, logger, resample, script_util
+from guided_diffusion import flags, logger, script_util
 from guided_diffusion.data import phantoms
 from guided_diffusion.data.cases import SegmentationCases
 from guided_diffusion.data.stream import ShuffledCases
@@ -30,6 +30,7 @@ from guided_diffusion.live import views
 from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.scoring import evaluation
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.settings import Settings
 
 STEPS = 10
 KINDS = {"no view": None, "absent": None, "hung": signal.SIGSTOP, "answers": signal.SIGCONT}
@@ -42,21 +43,21 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         logger.configure(folder)
         loop = make_loop(folder)
-        batches = loop.data.batches(loop.batch_size)
+        batches = loop.data.batches(loop.settings.batch_size)
         servers = {kind: start_server(stop) for kind, stop in KINDS.items() if stop}
         shown = {kind: make_view(f"{folder}/{kind}", servers[kind][1] if kind in servers else free_port())
                  for kind in KINDS if kind != "no view"}
         time.sleep(3)  # until the views have found their servers, or not
         seconds = {kind: [] for kind in KINDS}
-        loop.run_step(*loop._next(batches))
+        loop.run_step(loop._next(batches))
         for _ in tqdm(range(args.rounds), unit="round"):
             for kind in random.sample(list(KINDS), len(KINDS)):
-                loop.view = shown.get(kind)
+                loop.callbacks = [shown[kind]] if kind in shown else []
                 start = time.perf_counter()
                 with contextlib.redirect_stdout(None):
                     loop.log({})
                 for _ in range(STEPS):
-                    loop.run_step(*loop._next(batches))
+                    loop.run_step(loop._next(batches))
                 seconds[kind].append(time.perf_counter() - start)
         for server, _ in servers.values():
             server.kill()
@@ -82,10 +83,9 @@ def make_loop(folder):
     encoders = script_util.create_encoders(image_channels=1, num_filters="8,16,32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TrainLoop(
-        cimd=CIMD(diffusion, model, *encoders, kl_weight=1e-3).to(device).train(), batch_size=4, results_dir=folder,
-        data=ShuffledCases(SegmentationCases(f"{folder}/data", 64, 1, "crop")), log_interval=STEPS,
-        schedule_sampler=resample.UniformSampler(diffusion.num_timesteps),
-        dtype=torch.bfloat16 if fast_bf16() else None)
+        CIMD(diffusion, model, *encoders, kl_weight=1e-3).to(device).train(),
+        ShuffledCases(SegmentationCases(f"{folder}/data", 64, 1, "crop")),
+        Settings(batch_size=4, log_interval=STEPS, image_channels=1, dtype=torch.bfloat16 if fast_bf16() else None))
 
 
 def make_view(folder, port):

@@ -31,16 +31,19 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from guided_diffusion import resample, samplers, script_util
+from guided_diffusion import samplers, script_util
 from guided_diffusion.commands.cli import run_script as run_main
 from guided_diffusion.data import phantoms, stream
-from guided_diffusion.data.cases import Case, SegmentationCases, read_case
+from guided_diffusion.data.case_files import read_case
+from guided_diffusion.data.cases import Case, SegmentationCases
 from guided_diffusion.draw import plots
 from guided_diffusion.methods.cimd import CIMD
+from guided_diffusion.nn import compile_network
 from guided_diffusion.sampling.ensembles import EnsembleSampler, largest_batch
 from guided_diffusion.scoring import evaluation
 from guided_diffusion.system import storage
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.settings import Settings
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -208,7 +211,7 @@ def measure_unet(args):
     change = ((other - expected).abs().max() / expected.abs().max()).item()
     remark = f"Channels last changes the float32 output by at most {change:.1e} of its largest value."
     if args.compile:
-        script_util.compile_network(compiled := copy.deepcopy(package), DEVICE)
+        compile_network(compiled := copy.deepcopy(package), DEVICE)
         remark += f" The first pass with --compile took {timed(variant(compiled, n)[0]):.0f} s."
         variants[f"the package with --compile: bf16, batch {n}"] = variant(compiled, n)
     flop, rows = race_ceilings(args, variants, variant(plain)[0])
@@ -252,24 +255,29 @@ def measure_profile(args):
 
 def measure_training(args):
     n, size, bf16 = args.train_batch_size, args.image_size, torch.bfloat16
-    image, mask = (torch.rand(n, channels, size, size, device=DEVICE).round() for channels in (4, 1))
+    image, masks = (torch.rand(n, channels, size, size, device=DEVICE).round() for channels in (4, 1))
+    batch = stream.Batch(image, masks, torch.ones(n, 1, dtype=torch.bool), list(range(n)), seed=0)
+
+    class AdamW(torch.optim.AdamW):
+        """As the published code calls it: no kernel looks whether the gradient is finite."""
+
+        found_inf = property(lambda self: None, lambda self, value: None)
 
     def loop(order=None, dtype=None):
         """A TrainLoop; given an order of memory, with that and with AdamW as the published code calls it."""
         model, diffusion = build(args)
         cimd = CIMD(diffusion, model, *script_util.create_encoders(), kl_weight=1e-3).to(DEVICE).train()
-        made = TrainLoop(cimd=cimd, data=None, batch_size=n, dtype=dtype,
-                         schedule_sampler=resample.UniformSampler(diffusion.num_timesteps), results_dir="")
+        made = TrainLoop(cimd, None, Settings(batch_size=n, dtype=dtype))
         if order is not None:
             for module in (cimd, *made.ema.values()):
                 module.to(memory_format=order)
-            made.optimizer = torch.optim.AdamW(cimd.parameters(), lr=made.lr, weight_decay=0.0)
+            made.optimizer = AdamW(cimd.parameters(), lr=made.settings.lr, weight_decay=0.0)
         return made
 
     loops = {"published: float32, NCHW": loop(NCHW), "bf16 autocast": loop(NCHW, bf16),
              "bf16 autocast, channels last": loop(NHWC, bf16), "the package: --use_bf16 True": loop(None, bf16)}
-    variants = {name: (partial(made.run_step, image, mask, range(n)), n) for name, made in loops.items()}
-    one = partial(loops["bf16 autocast"].run_step, image[:1], mask[:1], range(1))
+    variants = {name: (partial(made.run_step, batch), n) for name, made in loops.items()}
+    one = partial(loops["bf16 autocast"].run_step, batch.rows(slice(1)))
     flop, rows = race_ceilings(args, variants, one)
     return (f"A training step of {n} images (U-Net, AMN, ACN, AdamW, EMA)", rows,
             f"{flop / 1e9:.3g} GFLOP an image. The last row is TrainLoop as it is, its AdamW and order of memory, too.")
@@ -295,7 +303,8 @@ def measure_ensemble(args):
     def drawn(n, steps):
         diffusion = script_util.create_gaussian_diffusion(
             learn_sigma=True, timestep_respacing=f"{best['timestep_spacing']}{steps}")
-        list(EnsembleSampler(half, diffusion, batch_size=batch_of(n), sampler=best["sampler"]).ensembles([case], n))
+        method = CIMD(diffusion, half, sampler=best["sampler"])
+        list(EnsembleSampler(method, batch_size=batch_of(n)).ensembles([case], n))
 
     way = f"{STEPS} ancestral steps, float32, mask by mask"
     variants, rows = {way: (partial(published, MEASURED), MEASURED / STEPS)}, []
@@ -317,9 +326,10 @@ def peak_of_sampling(args):
     """Bytes before and at the peak of sampling 16 masks at once, which the sampler's first steps show."""
     before = peak_memory()
     model, diffusion = build(args, timestep_respacing="uniform2")
+    method = CIMD(diffusion, model).eval()
     if args.only_memory == "bf16":
-        model.convert_for_sampling(torch.bfloat16)
-    list(EnsembleSampler(model.eval(), diffusion, batch_size=ENSEMBLES[-1]).ensembles([phantom(args)], ENSEMBLES[-1]))
+        method.prepare(torch.bfloat16)
+    list(EnsembleSampler(method, batch_size=ENSEMBLES[-1]).ensembles([phantom(args)], ENSEMBLES[-1]))
     return [before, peak_memory()]
 
 
@@ -350,8 +360,8 @@ def measure_loader(args):
         def decode():
             for i in range(0, count, batch):
                 read = [read_case(files) for files in cases.cases[i:i + batch]]
-                np.stack([np.repeat(pixels / np.float32(255), 4, axis=0) for pixels, _ in read])
-                np.stack([masks[:1].astype(np.float32) for _, masks in read])
+                np.stack([np.repeat(case.image / np.float32(255), 4, axis=0) for case in read])
+                np.stack([case.raters[:1].astype(np.float32) for case in read])
 
         def streamed(cases):
             batches = stream.ShuffledCases(cases).batches(batch)

@@ -1,4 +1,4 @@
-"""Scores against network calls a mask, for every sampler: how few calls lose nothing?
+"""Scores against network calls a mask, for every sampler: what do fewer calls cost?
 
     python benchmarks/steps.py --model_path results/cpu-32/emasavedmodel_0.999_010000.pt --data_dir LIDC/val --fit crop
 
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from guided_diffusion import checkpoint, metrics
 from guided_diffusion.commands.cli import run_script as run_main
 from guided_diffusion.data import phantoms
-from guided_diffusion.data.cases import FITS, SegmentationCases
+from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.data.fitting import FITS
 from guided_diffusion.data.masks import to_masks
 from guided_diffusion.respace import SPACINGS
 from guided_diffusion.samplers import SAMPLERS, network_calls

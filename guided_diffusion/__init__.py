@@ -3,10 +3,15 @@
     from guided_diffusion import Segmenter
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .sampling.segmenter import Segmenter as Segmenter
+
 __version__ = "0.2.0"
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name == "Segmenter":  # loaded on use, so that importing a part of the library stays cheap
         from .sampling.segmenter import Segmenter
 

@@ -16,8 +16,11 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .networks.base import frozen_state, trained_state
 from .system import storage
@@ -28,28 +31,28 @@ MAX_FLAGS_BYTES = 1 << 20
 NEWEST, FROZEN = "savedmodel.pt", "frozenmodel.pt"
 
 
-def model_name(step):
+def model_name(step: int) -> str:
     return f"savedmodel{step:06d}.pt"
 
 
-def ema_name(rate, step):
+def ema_name(rate: str, step: int) -> str:
     return f"emasavedmodel_{rate}_{step:06d}.pt"
 
 
-def opt_name(step):
+def opt_name(step: int) -> str:
     return f"optsavedmodel{step:06d}.pt"
 
 
 # ---- checkpoints ----
 
-def save(path, state):
+def save(path: storage.AnyPath, state: Any) -> None:
     """Write tensors, numbers, strings and containers of them, as torch.save does."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     storage.write_bytes(path, buffer.getvalue())
 
 
-def load(path, flag="--model_path"):
+def load(path: storage.AnyPath, flag: str = "--model_path") -> Any:
     """Read what `save` or any torch.save wrote, onto the CPU; weights only, so no code in the file can run.
 
     :raises InputError: if the file is missing, truncated, not a checkpoint, or does not agree with its checksums.
@@ -77,7 +80,7 @@ def load(path, flag="--model_path"):
                          f" ({type(error).__name__}: {reason}); name another, or remove it") from None
 
 
-def load_model(model, path, flag="--model_path"):
+def load_model(model: nn.Module, path: storage.AnyPath, flag: str = "--model_path") -> None:
     """Load a network's weights saved here, by the published code or by openai/guided-diffusion, with strict names; and
     those of its frozen parts, if it has any, from the folder's frozenmodel.pt.
 
@@ -89,7 +92,7 @@ def load_model(model, path, flag="--model_path"):
         load_state(model, load(frozen_path, flag), f"{flag} {frozen_path}", frozen)
 
 
-def load_state(model, state, what, wanted=None):
+def load_state(model: nn.Module, state: Any, what: str, wanted: Mapping[str, Tensor] | None = None) -> None:
     """Load a state dict, with or without DDP's "module." before each name; InputError if it does not fit.
 
     :param wanted: the part of model.state_dict() that it must hold, by default all.
@@ -111,7 +114,7 @@ def load_state(model, state, what, wanted=None):
     model.load_state_dict(state, strict=wanted is None)
 
 
-def load_moments(optimizer, stored):
+def load_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
     """Load the moments of AdamW, not its flags; almost any exception if they are not those of its parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {number: dict(entry) for number, entry in stored["state"].items()}
@@ -128,20 +131,20 @@ def load_moments(optimizer, stored):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def is_plain(value):
+def is_plain(value: Any) -> bool:
     """Whether this is a tensor of real numbers that lie in memory."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \
         and not value.is_complex() and not value.is_quantized
 
 
-def steps_in(folder):
+def steps_in(folder: storage.AnyPath) -> list[int]:
     """The steps of all complete checkpoints of a folder, ascending."""
     names = storage.names_in(folder)
     steps = [int(match[1]) for name in names if (match := re.fullmatch(r"savedmodel(\d{6,})\.pt", name))]
     return sorted(step for step in steps if opt_name(step) in names)
 
 
-def damages(folder, step):
+def damages(folder: storage.AnyPath, step: int) -> list[str]:
     """What is wrong with the files of a checkpoint, as a list of strings."""
     problems = []
     for name in sorted(files_of(folder, step)):
@@ -152,12 +155,12 @@ def damages(folder, step):
     return problems
 
 
-def files_of(folder, step):
+def files_of(folder: storage.AnyPath, step: int) -> set[str]:
     kinds = re.compile(rf"(opt|ema)?savedmodel(_.+_)?{step:06d}\.pt")
     return set(filter(kinds.fullmatch, storage.names_in(folder)))
 
 
-def step_of(path):
+def step_of(path: storage.AnyPath) -> int | None:
     """The step in a checkpoint's name; for savedmodel.pt, the newest beside it; None if there is none."""
     match = re.search(r"(\d{6,})\.pt$", str(path))
     if match:
@@ -166,12 +169,12 @@ def step_of(path):
     return steps[-1] if steps else None
 
 
-def save_flags(folder, flags):
+def save_flags(folder: storage.AnyPath, flags: Mapping[str, Any]) -> None:
     flags = {**flags, "checksum": _checksum(flags)}
     storage.write_bytes(storage.join(folder, FLAGS_FILE), (json.dumps(flags, indent=2) + "\n").encode())
 
 
-def load_flags(folder):
+def load_flags(folder: storage.AnyPath) -> dict[str, Any]:
     """The flags stored in a results folder, {} if there are none.
 
     :raises InputError: if they cannot be read, or do not agree with the checksum among them, if there is one.

@@ -8,21 +8,25 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from . import logger
 from .system import packages, rank_watch
 from .system.errors import InputError
 from .system.terminal import program_name
 
-watch = None  # the RankWatch of this process, if it is one of several
+watch: rank_watch.RankWatch | None = None  # that of this process, if it is one of several
 _FOREVER = timedelta(days=365)  # ends a collective: never, since it is the watch that looks for ranks that hang
 
 
-def setup_dist(ngpu=0, local_rank=None, timeout=600, program=None):
+def setup_dist(ngpu: int = 0, local_rank: int | None = None, timeout: float = 600,
+               program: Sequence[str] | None = None) -> None:
     """Join the processes that the launcher started; alone, do nothing.
 
     Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, ... in the environment) and mpiexec (through
@@ -113,7 +117,7 @@ def _launch(ngpu, program):
     return 0
 
 
-def launch_rank():
+def launch_rank() -> int:
     """The rank the launcher gave this process, known before the processes have joined."""
     for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         if name in os.environ:
@@ -154,7 +158,7 @@ def _cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cleanup(failed=False):
+def cleanup(failed: bool = False) -> None:
     """Leave the process group, if there is one; `failed` ends the other ranks, too."""
     global watch
     if watch:
@@ -164,26 +168,26 @@ def cleanup(failed=False):
         dist.destroy_process_group()
 
 
-def at(place, doing=""):
+def at(place: Sequence[int] | None, doing: str = "") -> None:
     """Tell the other ranks how far this one is, see RankWatch.at."""
     if watch:
         watch.at(place, doing)
 
 
-def run_has_ended():
+def run_has_ended() -> bool:
     """Whether a collective has just failed because another rank ended, which the watch has then reported."""
     return watch is not None and watch.found.wait(5)
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def dev():
+def dev() -> torch.device:
     """The device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -193,12 +197,12 @@ def device_of(module: torch.nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def to_device(tensor, device):
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on a device, without waiting for what that is busy with."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def all_gather_objects(value):
+def all_gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, as a list in the order of ranks: numbers, strings, tensors, and lists and dicts of them.
 
     What comes from the network is read as weights only, so that it cannot run code.
@@ -216,7 +220,7 @@ def all_gather_objects(value):
             for part, size in zip(parts, sizes)]
 
 
-def all_gather(tensor):
+def all_gather(tensor: Tensor) -> Tensor:
     """Equally shaped tensors of every rank, concatenated along the first axis in the order of ranks."""
     if not dist.is_initialized():
         return tensor
@@ -226,7 +230,7 @@ def all_gather(tensor):
 
 
 @contextlib.contextmanager
-def all_ranks_or_none():
+def all_ranks_or_none() -> Iterator[None]:
     """An InputError that any rank meets inside is raised on every rank, so that none waits for one that left; it names
     the rank if not all of them met it."""
     error = None
@@ -252,7 +256,7 @@ class StopFlag:
         self.group = dist.new_group(backend="gloo", timeout=_FOREVER) if dist.is_initialized() else None
         self.pending = None
 
-    def __call__(self, wanted):
+    def __call__(self, wanted: bool) -> bool:
         """Called once a step by every rank with its own wish; returns what all agree on."""
         if self.group is None:
             return wanted

@@ -7,14 +7,17 @@ travels in `model_kwargs` and is none of this module's business.
 
 import enum
 import math
+from collections.abc import Sequence
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import samplers
 from .losses import NATS_PER_BIT, discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
 from .predictions import PREDICTIONS
+from .samplers import Kwargs, Model, OnMasks
 from .system.registry import Registry
 
 
@@ -40,7 +43,7 @@ class LossType(enum.Enum):
     KL = enum.auto()  # the bound's term alone
     RESCALED_KL = enum.auto()  # likewise, times T: an estimate of the whole bound
 
-    def is_bound(self):
+    def is_bound(self) -> bool:
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
@@ -87,8 +90,9 @@ class GaussianDiffusion:
     :param original_num_steps: the T the network was trained with, default that of betas.
     """
 
-    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, x_range=(0.0, 1.0), levels=2,
-                 rescale_timesteps=False, timestep_map=None, original_num_steps=None):
+    def __init__(self, *, betas: ArrayLike, model_mean_type: str, model_var_type: ModelVarType, loss_type: LossType,
+                 x_range: tuple[float, float] = (0.0, 1.0), levels: int = 2, rescale_timesteps: bool = False,
+                 timestep_map: ArrayLike | None = None, original_num_steps: int | None = None):
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be one row of numbers in (0, 1)")
@@ -125,7 +129,7 @@ class GaussianDiffusion:
         self.fixed_large_log_variance = torch.cat([second, betas[1:]]).log()
         self._on_device = {}
 
-    def at(self, name, t, like):
+    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Row t, [N], of the [T] table called `name`, shaped [N, 1, 1, 1], in the dtype and on the device of `like`."""
         key = (name, like.device, like.dtype)
         if key not in self._on_device:
@@ -134,19 +138,19 @@ class GaussianDiffusion:
 
     # ---- q ----
 
-    def q_mean_variance(self, x_start, t):
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of q(x_t | x_0), [DDPM] eq. 4."""
         mean = self.at("sqrt_alphas_cumprod", t, x_start) * x_start
         log_variance = self.at("log_one_minus_alphas_cumprod", t, x_start).expand_as(mean)
         return mean, log_variance.exp(), log_variance
 
-    def q_sample(self, x_start, t, noise=None):
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, [N, C, H, W]."""
         noise = torch.randn_like(x_start) if noise is None else noise
         return (self.at("sqrt_alphas_cumprod", t, x_start) * x_start
                 + self.at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise)
 
-    def q_posterior_mean_variance(self, x_start, x_t, t):
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), [DDPM] eq. 7."""
         mean = (self.at("posterior_mean_coef1", t, x_t) * x_start
                 + self.at("posterior_mean_coef2", t, x_t) * x_t)
@@ -154,19 +158,19 @@ class GaussianDiffusion:
         log_variance = self.at("posterior_log_variance_clipped", t, x_t).expand_as(mean)
         return mean, variance, log_variance
 
-    def predict_xstart_from_eps(self, x_t, t, eps):
+    def predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The x_0 for which x_t has the noise eps: [DDPM] eq. 4 solved for x_0."""
         return ((x_t - self.at("sqrt_one_minus_alphas_cumprod", t, x_t) * eps)
                 / self.at("sqrt_alphas_cumprod", t, x_t))
 
-    def predict_eps_from_xstart(self, x_t, t, x_start):
+    def predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
         """The noise that leads from x_0 to x_t: [DDPM] eq. 4 solved for eps."""
         return ((x_t - self.at("sqrt_alphas_cumprod", t, x_t) * x_start)
                 / self.at("sqrt_one_minus_alphas_cumprod", t, x_t))
 
     # ---- p ----
 
-    def run_model(self, model, x, t, model_kwargs=None):
+    def run_model(self, model: Model, x: Tensor, t: Tensor, model_kwargs: Kwargs = None) -> Tensor:
         """The network's raw output at step t of this process, in the precision of x.
 
         A copy: a compiled network may write its next output over this one.
@@ -179,7 +183,8 @@ class GaussianDiffusion:
             timesteps = timesteps.float() * (1000.0 / self.original_num_steps)
         return model(x, timesteps, **(model_kwargs or {})).to(x.dtype, copy=True)
 
-    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+    def p_mean_variance(self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True,
+                        denoised_fn: OnMasks | None = None, model_kwargs: Kwargs = None) -> dict[str, Tensor]:
         """p(x_{t-1} | x_t) and the prediction of x_0, as a dict of [N, C, H, W]: mean, variance, log_variance,
         pred_xstart.
 
@@ -190,7 +195,8 @@ class GaussianDiffusion:
         output = self.run_model(model, x, t, model_kwargs)
         return self.p_from_output(output, x, t, clip_denoised, denoised_fn)
 
-    def p_from_output(self, output, x, t, clip_denoised=True, denoised_fn=None):
+    def p_from_output(self, output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool = True,
+                      denoised_fn: OnMasks | None = None) -> dict[str, Tensor]:
         """As p_mean_variance, from the network's output at (x, t)."""
         learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
         channels = x.shape[1]
@@ -220,15 +226,17 @@ class GaussianDiffusion:
         mean, _, _ = self.q_posterior_mean_variance(prediction, x, t)
         return {"mean": mean, "variance": log_variance.exp(), "log_variance": log_variance, "pred_xstart": prediction}
 
-    def p_sample_loop(self, model, shape, *, device=None, model_kwargs=None, clip_denoised=True, noise=None,
-                      progress=False):
+    def p_sample_loop(self, model: Model, shape: Sequence[int], *, device: torch.device | str | None = None,
+                      model_kwargs: Kwargs = None, clip_denoised: bool = True, noise: Tensor | None = None,
+                      progress: bool = False) -> Tensor:
         """Ancestral sampling from x_T ~ N(0, 1) (or `noise`) to x_0, all steps; see samplers.ancestral."""
         x = torch.randn(shape, device=device) if noise is None else noise
         steps = samplers.ancestral(self, model, x, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
         return samplers.last(steps, self.num_timesteps, progress)
 
-    def ddim_sample_loop(self, model, shape, *, device=None, model_kwargs=None, clip_denoised=True, noise=None,
-                         progress=False, eta=0.0):
+    def ddim_sample_loop(self, model: Model, shape: Sequence[int], *, device: torch.device | str | None = None,
+                         model_kwargs: Kwargs = None, clip_denoised: bool = True, noise: Tensor | None = None,
+                         progress: bool = False, eta: float = 0.0) -> Tensor:
         """DDIM sampling from x_T ~ N(0, 1) (or `noise`) to x_0, all steps; see samplers.ddim."""
         x = torch.randn(shape, device=device) if noise is None else noise
         steps = samplers.ddim(self, model, x, clip_denoised=clip_denoised, model_kwargs=model_kwargs, eta=eta)
@@ -244,7 +252,8 @@ class GaussianDiffusion:
             x_start, p["mean"], 0.5 * p["log_variance"], self.x_range, self.levels))
         return torch.where(t == 0, decoder_nll, kl) / NATS_PER_BIT
 
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: Kwargs = None,
+                        noise: Tensor | None = None) -> dict[str, Tensor]:
         """Losses of one step t each, as a dict of [N]: loss; mse and vb where the loss type has them.
 
         Also "pred_xstart", [N, C, H, W]: the unclipped prediction of x_0, with its gradient.
@@ -273,7 +282,7 @@ class GaussianDiffusion:
             terms["loss"] = terms["mse"] + terms["vb"]
         return terms
 
-    def prior_bpd(self, x_start):
+    def prior_bpd(self, x_start: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, [N]: what the schedule leaves undestroyed."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
@@ -281,7 +290,8 @@ class GaussianDiffusion:
         return mean_flat(normal_kl(mean, log_variance, zero, zero)) / NATS_PER_BIT
 
     @torch.no_grad()
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, progress=False):
+    def calc_bpd_loop(self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None,
+                      progress: bool = False) -> dict[str, Tensor]:
         """The whole variational bound of x_start, term by term, in bits per dimension.
 
         Returns a dict: total_bpd, prior_bpd [N]; vb, xstart_mse, mse [N, T], column t for step t.

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,12 +19,12 @@ from .system import storage
 
 
 class Logger:
-    def __init__(self, folder=None, enabled=True, last_step=None):
+    def __init__(self, folder: str | os.PathLike | None = None, enabled: bool = True, last_step: int | None = None):
         self.enabled = enabled
         self.folder = Path(folder) if folder else None
         self._text = self._json = self._board = None
         self._start = time.time()
-        self.history = []  # rows of this run, from before it was resumed, too
+        self.history: list[dict[str, float]] = []  # rows of this run, from before it was resumed, too
         if enabled and folder:
             os.makedirs(folder, exist_ok=True)
             for name in ("log.txt", "progress.json", "progress.csv"):
@@ -34,11 +35,11 @@ class Logger:
             self._json = open(self.folder / "progress.json", "a", encoding="utf-8")
             self._board = _tensorboard(self.folder / "tensorboard", last_step)
 
-    def log(self, *parts):
+    def log(self, *parts: object) -> None:
         if self.enabled:
             self._say(" ".join(map(str, parts)))
 
-    def dump(self, values, step):
+    def dump(self, values: Mapping[str, float], step: int) -> None:
         """Write a dict of numbers for one step."""
         if not self.enabled:
             return
@@ -54,7 +55,7 @@ class Logger:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
 
-    def close(self):
+    def close(self) -> None:
         for file in (self._text, self._json, self._board):
             with contextlib.suppress(OSError):
                 if file:
@@ -135,7 +136,7 @@ def _table(values):
 _current = Logger()
 
 
-def configure(folder=None, enabled=True, last_step=None):
+def configure(folder: str | os.PathLike | None = None, enabled: bool = True, last_step: int | None = None) -> None:
     """Send everything from here on to `folder` (None: the terminal only); `enabled` is False on ranks above 0.
 
     :param last_step: rows of progress.* for later steps are dropped, since a run goes on from this one (None: none).
@@ -145,19 +146,19 @@ def configure(folder=None, enabled=True, last_step=None):
     _current = Logger(folder, enabled, last_step)
 
 
-def log(*parts):
+def log(*parts: object) -> None:
     _current.log(*parts)
 
 
-def dump(values, step):
+def dump(values: Mapping[str, float], step: int) -> None:
     _current.dump(values, step)
 
 
-def history():
+def history() -> list[dict[str, float]]:
     """The rows of progress.json so far, dicts of numbers by name; a run that was resumed has those before, too."""
     return _current.history
 
 
-def close():
+def close() -> None:
     """Close the files; later lines go to the terminal."""
     configure(enabled=_current.enabled)

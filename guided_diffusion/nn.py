@@ -2,9 +2,10 @@
 
 import contextlib
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import logger
@@ -14,7 +15,7 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalisation in the dtype of its input, under autocast as well; the kernels take the statistics of 16-bit
     inputs in float32."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         if x.is_cuda or x.dtype.itemsize > 2:  # on a CPU, the kernel takes float32 weights beside a 16-bit input
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
@@ -26,28 +27,28 @@ class GroupNorm32(nn.GroupNorm):
 class SiLU(nn.SiLU):
     """x sigmoid(x), written over x where no gradient needs that: only for behind a layer that makes a new output."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def normalization(channels):
+def normalization(channels: int) -> GroupNorm32:
     """The U-Net's norm layer: 32 groups over `channels` (a multiple of 32)."""
     return GroupNorm32(32, channels)
 
 
-def zero_module(module):
+def zero_module(module: nn.Module) -> nn.Module:
     """Set every parameter of `module` to zero and return it, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
-def mean_flat(x):
+def mean_flat(x: Tensor) -> Tensor:
     """Mean over all but the batch axis: [N, ...] -> [N]."""
     return x.flatten(1).mean(1)
 
 
-def timestep_embedding(timesteps, dim, max_period=10000):
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
     """Sinusoidal embedding of timesteps (Vaswani et al. 2017, section 3.5).
 
     timesteps: [N], may be fractional. Returns [N, dim] float32: cosines in the first half, sines in the second,
@@ -60,12 +61,12 @@ def timestep_embedding(timesteps, dim, max_period=10000):
 
 
 @torch.no_grad()
-def update_ema(target, source, rate):
+def update_ema(target: list[Tensor], source: list[Tensor], rate: float) -> None:
     """target <- rate * target + (1 - rate) * source, for two equally long lists of parameters."""
     torch._foreach_lerp_(target, source, 1 - rate)
 
 
-def compile_network(network: nn.Module, device: torch.device, **options) -> None:
+def compile_network(network: nn.Module, device: torch.device, **options: Any) -> None:
     """Compile a network in place for inputs of fixed shapes; where no compiler works, log that and leave it as it is.
 
     :param options: of torch.compile.

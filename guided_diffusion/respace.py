@@ -1,9 +1,12 @@
 """Running a diffusion process on a subset of its timesteps (Nichol & Dhariwal 2021, section 4)."""
 
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from .gaussian_diffusion import GaussianDiffusion
 
@@ -12,7 +15,8 @@ SPACINGS = ("uniform", "trailing", "quadratic", "logsnr")
 LOGSNR_RANGE = (2.0, -6.0)
 
 
-def space_timesteps(num_timesteps, section_counts, alphas_cumprod=None):
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int], alphas_cumprod: np.ndarray | None = None
+                    ) -> list[int]:
     """The timesteps to keep of 0..num_timesteps-1, as an ascending list.
 
     :param section_counts: one number a section, as a list or as "10,15,20": the process is cut into equal sections
@@ -47,7 +51,8 @@ def space_timesteps(num_timesteps, section_counts, alphas_cumprod=None):
     return steps
 
 
-def spread_timesteps(num_timesteps, count, spacing, alphas_cumprod=None):
+def spread_timesteps(num_timesteps: int, count: int, spacing: str, alphas_cumprod: np.ndarray | None = None
+                     ) -> list[int]:
     """`count` timesteps of 0..num_timesteps-1 for a sampler, ascending; the last one is always among them.
 
     "uniform": evenly down to 0. "trailing": evenly, but the first lies as far from 0 as the others from each other, so
@@ -92,7 +97,7 @@ class SpacedDiffusion(GaussianDiffusion):
     timesteps. Other parameters as GaussianDiffusion's.
     """
 
-    def __init__(self, use_timesteps, *, betas, **kwargs):
+    def __init__(self, use_timesteps: Iterable[int], *, betas: ArrayLike, **kwargs: Any):
         betas = torch.as_tensor(betas, dtype=torch.float64)
         kept = torch.tensor(sorted(set(use_timesteps)))
         alphas_cumprod = (1 - betas).cumprod(0)[kept]

@@ -7,15 +7,23 @@ is its keyword <option>.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .system.flag import Flag
 from .system.registry import Registry
 
 SAMPLERS = Registry("sampler")
+
+Diffusion = Any  # a GaussianDiffusion, whose module imports this one
+Model = Callable[..., Tensor]  # model(x_t, timesteps, **model_kwargs)
+Kwargs = dict[str, Any] | None  # what else the model is called with
+OnMasks = Callable[[Tensor], Tensor]  # [N, C, H, W] -> [N, C, H, W]
+Walk = Iterator[tuple[Tensor, Tensor]]  # x and the predicted x_0 after each step
 
 
 def network_calls(walk: Callable, steps: int) -> int:
@@ -25,8 +33,8 @@ def network_calls(walk: Callable, steps: int) -> int:
 
 @SAMPLERS.add("ancestral", "as published")
 @torch.no_grad()
-def ancestral(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None,
-              model_kwargs=None):
+def ancestral(diffusion: Diffusion, model: Model, x: Tensor, *, noise: OnMasks = torch.randn_like,
+              clip_denoised: bool = True, denoised_fn: OnMasks | None = None, model_kwargs: Kwargs = None) -> Walk:
     """x_{t-1} ~ p(x_{t-1} | x_t) for t = T-1 .. 0 (Ho et al. 2020, arXiv 2006.11239, algorithm 2).
 
     The last step takes the mean.
@@ -43,8 +51,9 @@ def ancestral(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True
     Flag("ddim_eta", float, 0.0, "noise of DDIM: 0 deterministic, 1 as much as ancestral steps", "sampling", least=0,
          most=1)])
 @torch.no_grad()
-def ddim(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None, model_kwargs=None,
-         eta=0.0):
+def ddim(diffusion: Diffusion, model: Model, x: Tensor, *, noise: OnMasks = torch.randn_like,
+         clip_denoised: bool = True, denoised_fn: OnMasks | None = None, model_kwargs: Kwargs = None,
+         eta: float = 0.0) -> Walk:
     """Denoising diffusion implicit model (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16).
 
     eta 0 is deterministic given x; eta 1 has the variance of the posterior q(x_{t-1} | x_t, x_0).
@@ -63,8 +72,9 @@ def ddim(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, den
 
 @SAMPLERS.add("dpm++", "of second order")
 @torch.no_grad()
-def dpm_solver(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None, model_kwargs=None,
-               stochastic=False):
+def dpm_solver(diffusion: Diffusion, model: Model, x: Tensor, *, noise: OnMasks = torch.randn_like,
+               clip_denoised: bool = True, denoised_fn: OnMasks | None = None, model_kwargs: Kwargs = None,
+               stochastic: bool = False) -> Walk:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order at one network call a step.
 
     It extrapolates x_0 from the last two predictions, linearly in half the log-SNR, lambda = log(alpha / sigma).
@@ -93,14 +103,15 @@ def dpm_solver(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=Tru
 
 
 @SAMPLERS.add("dpm++sde", "dpm++ with noise")
-def dpm_solver_sde(diffusion, model, x, **options):
+def dpm_solver_sde(diffusion: Diffusion, model: Model, x: Tensor, **options: Any) -> Walk:
     """dpm_solver with fresh noise at every step."""
     return dpm_solver(diffusion, model, x, stochastic=True, **options)
 
 
 @SAMPLERS.add("heun", "of second order, two network calls a step")
 @torch.no_grad()
-def heun(diffusion, model, x, *, noise=torch.randn_like, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+def heun(diffusion: Diffusion, model: Model, x: Tensor, *, noise: OnMasks = torch.randn_like,
+         clip_denoised: bool = True, denoised_fn: OnMasks | None = None, model_kwargs: Kwargs = None) -> Walk:
     """Heun's second-order method: two network calls a step, one for the last; deterministic, `noise` is not used.
 
     As in EDM (Karras et al. 2022, arXiv 2206.00364, algorithm 1, without churn) each step is taken once with the
@@ -127,7 +138,8 @@ heun.calls = lambda steps: 2 * steps - 1
 
 
 @torch.no_grad()
-def ddim_reverse(diffusion, model, x, *, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+def ddim_reverse(diffusion: Diffusion, model: Model, x: Tensor, *, clip_denoised: bool = True,
+                 denoised_fn: OnMasks | None = None, model_kwargs: Kwargs = None) -> Walk:
     """DDIM's ordinary differential equation backwards, from a mask x_0 to the noise x_T that would give it.
 
     Song et al. 2021, section 4.3. It follows the same path as ddim with eta 0 up to the error of the step size.
@@ -141,14 +153,14 @@ def ddim_reverse(diffusion, model, x, *, clip_denoised=True, denoised_fn=None, m
         yield x, x_start
 
 
-def last(steps, total, progress=False):
+def last(steps: Walk, total: int, progress: bool = False) -> Tensor:
     """Run a sampler to its end and return its last x; `progress` shows a bar over its `total` steps."""
     for x, _ in progress_bar(steps, progress, total):
         pass
     return x
 
 
-def progress_bar(iterable, show, total=None):
+def progress_bar(iterable: Iterable, show: bool, total: int | None = None) -> Iterable:
     return tqdm(iterable, total=total, leave=False) if show else iterable
 
 

@@ -1,10 +1,12 @@
 """Flags -> objects, by the published names."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 
+from .data import masks
 from .flags import defaults, settle
 from .methods import METHODS
 from .methods.base import Method
@@ -24,7 +26,7 @@ def model_and_diffusion_defaults() -> dict:
     return defaults("model", "diffusion")
 
 
-def create_model_and_diffusion(**flags) -> tuple[nn.Module, SpacedDiffusion]:
+def create_model_and_diffusion(**flags: Any) -> tuple[nn.Module, SpacedDiffusion]:
     """The network and the diffusion process from model and diffusion flags; those left out take the flags' defaults.
 
     :raises TypeError: for a name that is none of them; InputError: for values that make none, naming their flags.
@@ -34,7 +36,8 @@ def create_model_and_diffusion(**flags) -> tuple[nn.Module, SpacedDiffusion]:
         raise TypeError(f"unknown flags: {', '.join(sorted(unknown))}")
     f = SimpleNamespace(**{**known, **flags})
     settle_prediction(f, {})
-    return NETWORKS[f.network](f, 1, 2 if f.learn_sigma else 1), diffusion_from_flags(f)
+    channels = masks.CHANNELS
+    return NETWORKS[f.network](f, channels, channels * (2 if f.learn_sigma else 1)), diffusion_from_flags(f)
 
 
 def create_method(flags: SimpleNamespace, model: nn.Module | None = None, training: bool = True) -> Method:
@@ -42,7 +45,7 @@ def create_method(flags: SimpleNamespace, model: nn.Module | None = None, traini
     return METHODS[flags.method].from_flags(flags, model, training)
 
 
-def drawing_flags(flags: SimpleNamespace, **sampling) -> SimpleNamespace:
+def drawing_flags(flags: SimpleNamespace, **sampling: Any) -> SimpleNamespace:
     """Flags to draw with: those of a model, and of sampling these; all others take their defaults.
 
     :raises InputError: for flags that contradict each other.

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ class TrainLoop:
             self.ddp = DistributedDataParallel(method, gradient_as_bucket_view=True)
         self.meter = Meter(method.parts, self.device)
 
-    def tell(self, event: str, *args, **kwargs) -> list:
+    def tell(self, event: str, *args: Any, **kwargs: Any) -> list:
         """Call a method of every callback; returns what they return."""
         return [getattr(callback, event)(self, *args, **kwargs) for callback in self.callbacks]
 
@@ -123,6 +124,8 @@ class TrainLoop:
             for rate, ema in self._ema.items():
                 pairs = zip(ema.parameters(), self.method.model.parameters())
                 update_ema(*map(list, zip(*((mean, p) for mean, p in pairs if p.requires_grad))), float(rate))
+                for kept, buffer in zip(ema.buffers(), self.method.model.buffers()):
+                    kept.copy_(buffer)  # statistics, of a batch norm say, which are means themselves
 
     @property
     def ema(self) -> dict[str, nn.Module]:

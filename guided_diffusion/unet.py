@@ -1,7 +1,10 @@
 """The denoiser: the U-Net of guided-diffusion (Dhariwal & Nichol 2021, arXiv 2105.05233), with its parameter names."""
 
+from collections.abc import Collection, Sequence
+from typing import Self
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -11,7 +14,7 @@ from .nn import SiLU, normalization, timestep_embedding, zero_module
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence that hands the timestep embedding to those of its layers that take one."""
 
-    def forward(self, x, emb):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -20,22 +23,22 @@ class TimestepEmbedSequential(nn.Sequential):
 class Upsample(nn.Module):
     """Double the height and width (nearest neighbour), then convolve if `use_conv`."""
 
-    def __init__(self, channels, use_conv):
+    def __init__(self, channels: int, use_conv: bool):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Downsample(nn.Module):
     """Halve the height and width: by a strided convolution if `use_conv`, else by average pooling."""
 
-    def __init__(self, channels, use_conv):
+    def __init__(self, channels: int, use_conv: bool):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
 
 
@@ -46,8 +49,9 @@ class ResBlock(nn.Module):
     x: [N, channels, H, W], emb: [N, emb_channels] -> [N, out_channels, H', W'].
     """
 
-    def __init__(self, channels, emb_channels, out_channels, dropout=0.0, use_scale_shift_norm=False,
-                 up=False, down=False, use_checkpoint=False):
+    def __init__(self, channels: int, emb_channels: int, out_channels: int, dropout: float = 0.0,
+                 use_scale_shift_norm: bool = False, up: bool = False, down: bool = False,
+                 use_checkpoint: bool = False):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
@@ -64,7 +68,7 @@ class ResBlock(nn.Module):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x, emb):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.use_checkpoint and self.training:
             return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
@@ -91,7 +95,8 @@ class AttentionBlock(nn.Module):
     `use_new_attention_order`; a checkpoint must be read with the order it was trained with.
     """
 
-    def __init__(self, channels, num_heads=1, use_new_attention_order=False, use_checkpoint=False):
+    def __init__(self, channels: int, num_heads: int = 1, use_new_attention_order: bool = False,
+                 use_checkpoint: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.use_new_attention_order = use_new_attention_order
@@ -100,7 +105,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if self.use_checkpoint and self.training:
             return checkpoint(self._forward, x, use_reentrant=False)
         return self._forward(x)
@@ -122,7 +127,8 @@ class AttentionBlock(nn.Module):
 class UNetModel(nn.Module):
     """The full U-Net with attention and timestep embedding.
 
-    :param image_size: side of the input; only recorded, the network itself takes any side it can halve.
+    :param image_size: side of the input that it is made for, by which convert_for_sampling chooses the layout of
+        memory; the network itself takes any side it can halve.
     :param in_channels, out_channels: channels of x and of the prediction.
     :param model_channels: base channel count, a multiple of 32.
     :param num_res_blocks: residual blocks a level.
@@ -135,10 +141,12 @@ class UNetModel(nn.Module):
     :param use_checkpoint: recompute activations in the backward pass: less memory, more time.
     """
 
-    def __init__(self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
-                 dropout=0.0, channel_mult=(1, 2, 4, 8), num_classes=None, use_checkpoint=False, num_heads=1,
-                 num_head_channels=-1, num_heads_upsample=-1, use_scale_shift_norm=False, resblock_updown=False,
-                 use_new_attention_order=False):
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+                 attention_resolutions: Collection[int], dropout: float = 0.0,
+                 channel_mult: Sequence[float] = (1, 2, 4, 8), num_classes: int | None = None,
+                 use_checkpoint: bool = False, num_heads: int = 1, num_head_channels: int = -1,
+                 num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
+                 use_new_attention_order: bool = False):
         super().__init__()
         self.image_size = image_size
         self.in_channels = in_channels
@@ -196,7 +204,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             normalization(ch), SiLU(), zero_module(nn.Conv2d(ch, out_channels, 3, padding=1)))
 
-    def forward(self, x, timesteps, y=None):
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x: [N, in_channels, H, W]; timesteps: [N]; y: [N] class labels, only for a class-conditional model.
 
         Returns [N, out_channels, H, W].
@@ -217,7 +225,7 @@ class UNetModel(nn.Module):
             x = block(torch.cat([x, skips.pop()], dim=1), emb)
         return self.out(x.to(self.out[2].weight.dtype))
 
-    def convert_for_sampling(self, dtype=None):
+    def convert_for_sampling(self, dtype: torch.dtype | None = None) -> Self:
         """Keep the weights in this dtype (None: as they are) and channels last, once, rather than cast them at every
         call; returns the model. (On CPUs, maps below 64 x 64 are faster with channels first.)
 
@@ -235,6 +243,6 @@ class UNetModel(nn.Module):
 class SegmentationUNet(UNetModel):
     """The U-Net that sees the scan: image channels and noisy mask stacked on the channel axis (CIMD, section 3)."""
 
-    def forward(self, x, timesteps, image, y=None):
+    def forward(self, x: Tensor, timesteps: Tensor, image: Tensor, y: Tensor | None = None) -> Tensor:
         """x: [N, 1, H, W] noisy mask x_t; image: [N, C, H, W] in [0, 1]. Returns [N, out_channels, H, W]."""
         return super().forward(torch.cat([image.to(x.dtype), x], dim=1), timesteps, y)

@@ -1,4 +1,7 @@
-"""The rooms of the package stand on floors: an import points down or along a floor, never up, never in a circle."""
+"""The rooms of the package stand on floors: an import points down or along a floor, never up, never in a circle.
+
+All that is public has types, and an import needs no optional package.
+"""
 
 import ast
 import json
@@ -148,6 +151,48 @@ def test_no_test_file_imports_another():
     found = [f"{path.relative_to(ROOT)}: {line.strip()}" for path in sorted((ROOT / "tests").rglob("*.py"))
              for line in importing.findall(path.read_text(encoding="utf-8"))]
     assert found == []
+
+
+# ---- what a signature says ----
+
+def untyped(source):
+    """What has no type among all that is public in a module, special methods too: "Class.function: parameter", or
+    "Class.function: return"."""
+    def look(body, owner):
+        for node in body:
+            special = getattr(node, "name", "").endswith("__")
+            if getattr(node, "name", "_").startswith("_") and not special:
+                continue
+            if isinstance(node, ast.ClassDef):
+                yield from look(node.body, f"{owner}{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                args = node.args
+                parameters = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, [args.vararg, args.kwarg])]
+                for parameter in parameters:
+                    if parameter.annotation is None and parameter.arg not in ("self", "cls"):
+                        yield f"{owner}{node.name}: {parameter.arg}"
+                if node.returns is None and node.name != "__init__":
+                    yield f"{owner}{node.name}: return"
+
+    return list(look(ast.parse(source).body, ""))
+
+
+def test_every_parameter_and_return_that_is_public_has_its_type():
+    found = {name: untyped(path.read_text(encoding="utf-8")) for name, path in modules(ROOT).items()}
+    assert {name: missing for name, missing in found.items() if missing} == {}
+
+
+@pytest.mark.parametrize("source, missing", [
+    ("def f(a, b: int = 1, *, c) -> None: ...", ["f: a", "f: c"]),
+    ("def f(*args, **options) -> None: ...", ["f: args", "f: options"]),
+    ("def f(a: int, /): ...", ["f: return"]),
+    ("class A:\n    def __init__(self, a): ...\n    @classmethod\n    def f(cls): ...",
+     ["A.__init__: a", "A.f: return"]),
+    ("class A:\n    class B:\n        def __call__(self, a) -> None: ...", ["A.B.__call__: a"]),
+    ("def f() -> None:\n    def inside(a): ...", []),
+    ("def _f(a): ...\nclass _A:\n    def f(self, a): ...\nclass A:\n    def _f(self, a): ...", [])])
+def test_what_has_no_type_is_found_unless_it_is_private(source, missing):
+    assert untyped(source) == missing
 
 
 # ---- what an import needs ----

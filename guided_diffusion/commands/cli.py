@@ -5,7 +5,9 @@ import difflib
 import os
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 from .. import dist_util
 from ..flags import FLAGS, defaults, load_plugins, settle
@@ -83,7 +85,8 @@ def _parser(job, description):
     return parser
 
 
-def parse_flags(job, description, argv=None):
+def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
+                ) -> tuple[SimpleNamespace, dict[str, Any]]:
     """Read the command line of a script.
 
     :param job: one of JOBS.
@@ -114,7 +117,7 @@ def parse_flags(job, description, argv=None):
     return args, given
 
 
-def start_script(job, description):
+def start_script(job: str, description: str) -> tuple[SimpleNamespace, dict[str, Any]]:
     """Read the command line of a script and join the processes that the launcher started, with the same flags.
 
     Returns as parse_flags does.
@@ -195,7 +198,7 @@ def _view(args, given):
     return given.get("visdom", "connect" if asks else "off")
 
 
-def results_folder(args):
+def results_folder(args: SimpleNamespace) -> str:
     """The folder to write to: --results_dir, else $OPENAI_LOGDIR, else ./results.
 
     :raises InputError: if it is plain beforehand that nothing can be written there. Creates nothing.
@@ -210,7 +213,7 @@ def results_folder(args):
     return folder
 
 
-def run_script(main):
+def run_script(main: Callable[[], None]) -> None:
     """Run a script's main(); an InputError becomes one line on stderr and exit code 2."""
     try:
         main()

@@ -16,7 +16,9 @@ that can be measured with so few raters) and the empty mask.
 """
 
 from .. import dist_util
-from ..data.cases import find_cases, read_ahead
+from ..data.case_files import find_cases
+from ..data.cases import read_ahead
+from ..data.readers.base import Readers, refuse_unused
 from ..scoring.ensemble_folder import EnsembleFolder, read_scored_case
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
 from ..system import storage
@@ -31,7 +33,9 @@ def main() -> None:
     folder = args.output_dir or args.samples_dir
 
     with dist_util.all_ranks_or_none():
-        cases = find_cases(args.data_dir)
+        readers = Readers(vars(args))
+        cases = find_cases(args.data_dir, readers=readers)
+        refuse_unused(vars(args), readers.used(cases), args.data_dir)
         members = EnsembleFolder(args.samples_dir, args.pattern).find([case.name for case in cases], args.skip_missing)
         fewest = min(map(len, members.values()))
         sizes = parse_ensemble_sizes(args.ensemble_sizes, fewest, required="ensemble_sizes" in given)
@@ -43,7 +47,7 @@ def main() -> None:
 
     def read(case):
         try:
-            return case.name, read_scored_case(case, members[case.name], args.fit)
+            return case.name, read_scored_case(case, members[case.name], args.fit, readers)
         except InputError as error:
             return case.name, str(error)
 

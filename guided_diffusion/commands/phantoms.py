@@ -17,6 +17,7 @@ The example data of this repository were made by
 """
 
 import argparse
+from collections.abc import Sequence
 
 from ..data.phantoms import write_cases
 from ..system.errors import InputError
@@ -24,7 +25,7 @@ from ..system.terminal import program_name, progress
 from .program import add_version, as_called
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = create_argparser()
     args = parser.parse_args(argv)
     try:
@@ -38,7 +39,7 @@ def main(argv=None):
     print(f"{len(folders)} cases in {args.output_dir}, from {folders[0].name} to {folders[-1].name}")
 
 
-def create_argparser():
+def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(program_name(), description=as_called(__doc__),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_version(parser)

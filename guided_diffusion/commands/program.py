@@ -41,10 +41,10 @@ def _shortened(path: str) -> str:
 
 def again() -> list[str]:
     """The words that start this program once more, with the same flags; they need no small file of a console command,
-    which is no script of Python everywhere."""
+    which is no script of Python everywhere, and as there, no module of the working directory stands in for ours."""
     if is_console_command():
         module = program_name().removeprefix("cimd-")
-        return [sys.executable, "-u", "-c", _START.format(module), *sys.argv]
+        return [sys.executable, "-uP", "-c", _START.format(module), *sys.argv]
     return [sys.executable, "-u", *sys.argv]
 
 

@@ -14,7 +14,7 @@ from ..system.terminal import progress
 from .cli import parse_flags, results_folder, run_script
 
 
-def main():
+def main() -> None:
     args, _ = parse_flags("replay", __doc__)
     if not args.visdom_port:
         raise InputError("--visdom_port 0: nothing can be sent there; give the port of a server")
@@ -35,5 +35,5 @@ def main():
         logger.log("watch it at", page(url, env))
 
 
-def run():
+def run() -> None:
     run_script(main)

@@ -15,12 +15,15 @@ import itertools
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from .. import checkpoint, dist_util, logger
-from ..data.cases import SegmentationCases
+from ..data.cases import Case, SegmentationCases
 from ..data.masks import to_masks
 from ..data.readers.base import refuse_unused
 from ..flags import apply_stored_flags, default, settle
@@ -35,14 +38,14 @@ from .cli import results_folder, run_script, start_script
 from .program import command
 
 
-def shared_problems(cases):
+def shared_problems(cases: SegmentationCases) -> list[str]:
     """What is wrong with the cases that some rank cannot read, as a list; no rank reads these any more."""
     for problems in dist_util.all_gather_objects(cases.problems):
         cases.problems.update(problems)
     return [cases.problems[i] for i in sorted(cases.problems)]
 
 
-def announce_time(sampler, batches, scan):
+def announce_time(sampler: ensembles.EnsembleSampler, batches: int, scan: np.ndarray) -> None:
     """Say how long so many batches will take, if something else would be much faster."""
     method = sampler.method
     if method.advice and batches:
@@ -50,7 +53,8 @@ def announce_time(sampler, batches, scan):
         logger.log(f"this will take about {timedelta(seconds=round(seconds))}; {method.advice}")
 
 
-def is_done(case, folder, shape, settings, evaluation):
+def is_done(case: Case, folder: str, shape: tuple[int, int, int], settings: Sequence[dict[str, Any]],
+            evaluation: Evaluation | None) -> bool:
     """Whether the masks of a case are there, of this shape and from one of these settings; for an evaluation, scores
     them."""
     fingerprints = [files.fingerprint(case, **each) for each in settings]
@@ -62,7 +66,7 @@ def is_done(case, folder, shape, settings, evaluation):
     return masks is not None
 
 
-def what_is_where(args, folder, done):
+def what_is_where(args: SimpleNamespace, folder: str, done: str) -> str:
     """What sampling has left, and the command that scores it."""
     rows = [(what, storage.join(folder, f"<case>_{name}")) for what, name in (
         ("to look at", "montage.png"), ("masks", f"output0.png .. {args.num_ensemble - 1}"),
@@ -76,7 +80,7 @@ def what_is_where(args, folder, done):
     return summary(done, rows, command("segmentation_evaluate.py", flags))
 
 
-def main():
+def main() -> None:
     args, given = start_script("sampling", __doc__)
     rank, world_size = dist_util.rank(), dist_util.world_size()
 
@@ -184,5 +188,5 @@ def main():
                 storage.remove(files.kept_file(folder, cases.cases[i].name))
 
 
-def run():
+def run() -> None:
     run_script(main)

@@ -14,8 +14,11 @@ import os
 import shlex
 import sys
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import nn
 
 from .. import checkpoint, dist_util, logger
 from ..data.cases import SegmentationCases
@@ -38,7 +41,7 @@ from .cli import results_folder, run_script, start_script
 from .program import command
 
 
-def main():
+def main() -> None:
     args, given = start_script("training", __doc__)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -108,14 +111,15 @@ def main():
         sys.exit(128 + stopped_by)
 
 
-def make_validation(args, cases, held_out, dtype):
+def make_validation(args: SimpleNamespace, cases: SegmentationCases, held_out: SegmentationCases | None,
+                    dtype: torch.dtype | None) -> Validation:
     """The cases to draw while training: some of --val_dir, which are scored, else of the training cases."""
     flags = drawing_flags(args, **METHODS[args.method].quick_flags(args))
     return Validation(held_out or cases, lambda network: create_method(flags, network, training=False), dtype,
                       args.val_cases if held_out else SHOWN, args.seed, args.sample_interval, scored=bool(held_out))
 
 
-def what_is_where(args, folder, loop):
+def what_is_where(args: SimpleNamespace, folder: str, loop: TrainLoop) -> str:
     """What training has left, and the command that samples from it."""
     rate, averaged = loop.rate_to_use()
     newest = checkpoint.ema_name(rate, loop.step) if averaged else checkpoint.NEWEST
@@ -137,7 +141,7 @@ def what_is_where(args, folder, loop):
     return summary(f"trained to step {loop.step}", rows, command("segmentation_sample.py", flags))
 
 
-def find_run(args, folder):
+def find_run(args: SimpleNamespace, folder: str) -> tuple[str | None, dict[str, Any], list[str]]:
     """The checkpoint to go on from (None: start anew), the flags beside it, and what is wrong with newer ones."""
     if args.resume_checkpoint == "auto":
         args.resume_checkpoint = ""
@@ -155,14 +159,14 @@ def find_run(args, folder):
     return None, {}, []
 
 
-def local_folder(folder):
+def local_folder(folder: str) -> str | None:
     """Where the log goes: beside the checkpoints, or to $OPENAI_LOGDIR if those go to a bucket; None for nowhere."""
     return os.environ.get("OPENAI_LOGDIR") if storage.is_remote(folder) else folder
 
 
-def count(model):
+def count(model: nn.Module) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-def run():
+def run() -> None:
     run_script(main)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..system.errors import InputError, raise_problems
-from . import scaling
+from . import masks, scaling
 from .readers.base import Readers
 
 MAX_NAME_BYTES = 200  # of a case, so that the names of its results are none too long for a file system
@@ -126,7 +126,7 @@ def read_case(files: CaseFiles, need_labels: bool = True, readers: Readers | Non
                              f" rater a number of their own")
     size = image.shape[1:]
     raters = [_read_label(path, size, files.images[0], readers) for path in files.labels]
-    return CaseContents(image, np.array(raters, dtype=bool).reshape(len(raters), *size), *scans[0][1:])
+    return CaseContents(image, np.array(raters, masks.DTYPE).reshape(len(raters), *size), *scans[0][1:])
 
 
 def check_complete(files: CaseFiles, need_labels: bool) -> None:

@@ -61,6 +61,8 @@ class SegmentationCases:
     :raises InputError: naming everything that is wrong, file by file.
     """
 
+    problems: dict[int, str]
+
     def __init__(self, data_dir: str | os.PathLike, image_size: int, image_channels: int = 4, fit: str = "error",
                  need_labels: bool = True, limit: int = 0, progress: bool = False, skip_bad: bool = False,
                  flag: str = "--data_dir", options: Mapping[str, Any] | None = None):

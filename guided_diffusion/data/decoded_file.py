@@ -8,14 +8,18 @@ import contextlib
 import json
 import os
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ..system import storage
+from .masks import packed_size
 
 _MAGIC = b"DECODED1"
 _TAIL = struct.Struct("<Q8s")
+
+Record = tuple[np.ndarray, np.ndarray]  # image [C, S, S] uint8 or uint16, masks [R, bytes] uint8
 
 
 class DecodedFile:
@@ -25,7 +29,7 @@ class DecodedFile:
     :raises OSError: if there is no such file, or it is of another key.
     """
 
-    def __init__(self, path, key):
+    def __init__(self, path: str | Path, key: str):
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             if size < _TAIL.size:
@@ -53,13 +57,13 @@ class DecodedFile:
             raise ValueError
         offset, itemsize, channels, side, raters, row = self.records.astype(float).T  # without overflow
         ends = offset + channels * side ** 2 * itemsize + raters * row
-        if not np.isin(itemsize, (1, 2)).all() or (ends > size).any() or (row != (side ** 2 + 7) // 8).any():
+        if not np.isin(itemsize, (1, 2)).all() or (ends > size).any() or (row != packed_size(side, side)).any():
             raise ValueError
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Record:
         offset, itemsize, channels, side, raters, row = self.records[i].tolist()
         middle = offset + channels * side * side * itemsize
         image = self.bytes[offset:middle].view(np.uint8 if itemsize == 1 else np.uint16)
@@ -67,7 +71,7 @@ class DecodedFile:
                 self.bytes[middle:middle + raters * row].reshape(raters, row))
 
 
-def write(path, key, records):
+def write(path: str | Path, key: str, records: Iterable[Record]) -> None:
     """Write a DecodedFile of an iterable of records; nothing is left behind if that fails."""
     path, offset, index = Path(path), 0, []
     part = path.with_name(f"{path.name}.part")
@@ -88,7 +92,7 @@ def write(path, key, records):
 
 
 @contextlib.contextmanager
-def locked(path):
+def locked(path: str | Path) -> Iterator[None]:
     """One process at a time inside, among those that ask for the same path; those of Windows are not held back."""
     try:
         import fcntl

@@ -22,7 +22,7 @@ def fit_case(image: np.ndarray, raters: np.ndarray, side: int, fit: str, path: s
     if fit == "resize":
         raters = [masks.from_pixels(_resize(masks.to_pixels(mask), side)) for mask in raters]
         return (np.stack([_resize(channel, side) for channel in image]),
-                np.array(raters, dtype=bool).reshape(len(raters), side, side))
+                np.array(raters, masks.DTYPE).reshape(len(raters), side, side))
     if min(height, width) < side:
         raise InputError(f"{path}: is {width} x {height} pixels, too small for --fit crop to --image_size {side}; use"
                          f" --fit resize")

@@ -5,7 +5,7 @@ A mask is 1 on the foreground and 0 elsewhere. Here it takes five forms:
     masks      [..., H, W] bool
     packed     [R, ceil(H * W / 8)] uint8, a bit a pixel, rows of a mask one after another
     pixels     [..., H, W] uint8, 0 or 255, as in a picture file
-    diffusion  [N, 1, H, W] float, background RANGE[0] and foreground RANGE[1]: x_0 of the diffusion process
+    diffusion  [N, CHANNELS, H, W] float, background RANGE[0] and foreground RANGE[1]: x_0 of the diffusion process
     samples    [n, H, W] float, background 0 and foreground 1, as drawn, before they are cut at THRESHOLD
 """
 
@@ -16,6 +16,8 @@ import torch
 from PIL import Image, ImageFilter
 
 RANGE = 0.0, 1.0  # what background and foreground are in the diffusion process, as published
+DTYPE = bool  # of masks in memory
+CHANNELS = 1  # of the diffusion process: one tells background from foreground
 THRESHOLD = 0.5  # samples above it are foreground
 
 
@@ -34,19 +36,19 @@ def packed_size(height: int, width: int) -> int:
 def unpack(packed: np.ndarray, height: int, width: int) -> np.ndarray:
     """Packed [R, ceil(H * W / 8)] uint8 -> masks [R, H, W] bool."""
     bits = np.unpackbits(packed, axis=1, count=height * width)
-    return bits.astype(bool).reshape(len(packed), height, width)
+    return bits.astype(DTYPE).reshape(len(packed), height, width)
 
 
 # ---- the diffusion variable ----
 
 def to_diffusion(masks: torch.Tensor) -> torch.Tensor:
-    """Masks as floats, 0 and 1 -> x_0 of the diffusion process."""
+    """Masks [N, 1, H, W] as floats, 0 and 1 -> x_0 of the diffusion process, [N, CHANNELS, H, W]."""
     low, high = RANGE
     return masks * (high - low) + low
 
 
 def from_diffusion(x: torch.Tensor) -> torch.Tensor:
-    """x_0 of the diffusion process -> samples, background 0 and foreground 1."""
+    """x_0 of the diffusion process, [N, CHANNELS, H, W] -> samples [N, 1, H, W], background 0 and foreground 1."""
     low, high = RANGE
     return (x - low) / (high - low)
 
@@ -60,7 +62,12 @@ def to_masks(samples: np.ndarray, median_blur: int = 0) -> np.ndarray:
     return masks
 
 
-# ---- pictures ----
+# ---- pictures and labels ----
+
+def of_label(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of a label, [C, H, W] -> mask [H, W], what is above half of full scale in any channel."""
+    return from_pixels(pixels).any(axis=0)
+
 
 def to_pixels(masks: np.ndarray) -> np.ndarray:
     """Masks [..., H, W] bool -> uint8, 0 or 255."""

@@ -4,6 +4,7 @@ Lengths are in units of 1/128 of the patch's side, grey levels in 0-255 above th
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -13,7 +14,7 @@ OVERSAMPLING = 4  # canvas pixels per image pixel along a side: anti-aliasing of
 TURN = np.linspace(0, 2 * np.pi, 64, endpoint=False)
 
 
-def draw_background(rng, nodule, size):
+def draw_background(rng: np.random.Generator, nodule: Any, size: int) -> np.ndarray:
     """Vessels, and in most cases a chest wall or mediastinum, as grey levels above the lung, float32 [size, size]."""
     scale = OVERSAMPLING * size / SIDE
     canvas = Image.new("L", (OVERSAMPLING * size,) * 2)
@@ -105,7 +106,7 @@ def _chest_wall(rng, polygon, side, distance, level):
         place += rng.choice((-1, 1)) * rng.uniform(35, 55) / radius
 
 
-def draw_textures(rng, size):
+def draw_textures(rng: np.random.Generator, size: int) -> np.ndarray:
     """Parenchyma and reconstruction noise, float32 [2, size, size], zero mean, unit variance."""
     spectrum = rng.standard_normal((2, size, size // 2 + 1, 2), np.float32).view(np.complex64)[..., 0]  # of white noise
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))  # cycles per pixel
@@ -117,7 +118,7 @@ def draw_textures(rng, size):
     return fields / fields.std((1, 2), keepdims=True)
 
 
-def blur(image):
+def blur(image: np.ndarray) -> np.ndarray:
     """Binomial point spread of 1-2-1 pixels along both axes; image [H, W]."""
     for _ in range(2):
         padded = np.pad(image, ((1, 1), (0, 0)), mode="edge")

@@ -11,6 +11,7 @@ of one visible feature (`CHOICES`), so the probability of every outline is in cl
 """
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -48,20 +49,20 @@ class Phantom:
     image: np.ndarray
     outlines: np.ndarray
     probabilities: np.ndarray
-    features: dict
+    features: dict[str, float]
 
     @property
-    def mean(self):
+    def mean(self) -> np.ndarray:
         """Probability that an expert counts a pixel as nodule, float64 [H, W] in [0, 1]."""
         return np.tensordot(self.probabilities, self.outlines, 1)
 
-    def draw(self, n, rng):
+    def draw(self, n: int, rng: np.random.Generator | int) -> np.ndarray:
         """Outlines of n independent experts, bool [n, H, W]. rng: a numpy Generator or a seed."""
         rng = np.random.default_rng(rng)
         return self.outlines[rng.choice(len(self.probabilities), size=n, p=self.probabilities)]
 
 
-def choice_probabilities(features):
+def choice_probabilities(features: Mapping[str, float]) -> dict[str, float]:
     """Chance of each of `CHOICES`, in (0, 1). One about a part that is absent changes no outline."""
     return {
         choice: 1 / (1 + math.exp((midpoint - features[feature]) / scale))
@@ -69,7 +70,7 @@ def choice_probabilities(features):
     }
 
 
-def make_phantom(seed, index, size=128):
+def make_phantom(seed: int, index: int, size: int = 128) -> Phantom:
     """Phantom number `index` of the series `seed` (both >= 0), independent of all others.
 
     size: side in pixels, a multiple of 16 from 32 up (InputError otherwise); the anatomy does not depend on it.
@@ -93,7 +94,8 @@ def make_phantom(seed, index, size=128):
     return Phantom(np.clip(np.rint(image), 0, 255).astype(np.uint8), full, probabilities, nodule.features)
 
 
-def write_case(folder, phantom, num_raters, rng, number=0):
+def write_case(folder: str | Path, phantom: Phantom, num_raters: int, rng: np.random.Generator | int, number: int = 0
+               ) -> None:
     """Write image_<number>.jpg, label0_.jpg ... (num_raters experts drawn with rng) and truth.npz into folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,8 @@ def write_case(folder, phantom, num_raters, rng, number=0):
                         shape=np.array(phantom.outlines.shape), probabilities=phantom.probabilities)
 
 
-def write_cases(out_dir, count, seed, size=128, num_raters=4, first_index=0, progress=iter):
+def write_cases(out_dir: str | Path, count: int, seed: int, size: int = 128, num_raters: int = 4, first_index: int = 0,
+                progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> list[Path]:
     """Write phantoms first_index ... first_index + count - 1 of the series, one folder `phantom-<index>` each.
 
     progress wraps the iterable of indices, as tqdm does. Returns the folders. InputError on arguments out of range.
@@ -124,7 +127,7 @@ def write_cases(out_dir, count, seed, size=128, num_raters=4, first_index=0, pro
     return folders
 
 
-def load_truth(case_folder):
+def load_truth(case_folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """The distribution that the raters of a case were drawn from: outlines bool [K, H, W], probabilities [K].
 
     :raises InputError: naming the file, unless it is whole and of the kind and size that write_case writes.

@@ -115,7 +115,7 @@ def channels_first(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def pixels_of(picture: Image.Image, name: str) -> np.ndarray:
+def pixels_of(picture: Image.Image, name: str | Path) -> np.ndarray:
     """A Pillow picture as an array: [H, W] or [H, W, 3], uint8, uint16, or float32 for one of floating-point numbers.
 
     For transparency see _without_alpha; `name` is what messages call the picture.

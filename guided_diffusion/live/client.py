@@ -14,24 +14,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from .. import logger
 from ..system.errors import InputError
 
 
-def environment_name(name):
+def environment_name(name: str) -> str:
     """What Visdom calls an environment that a run would name so: some characters its pages cannot be reached under, and
     what stands before an underscore it takes for a group."""
     return re.sub(r"[^\w.]|_", "-", name) or "main"
 
 
-def page(url, env):
+def page(url: str, env: str) -> str:
     """Where an environment of the server at this URL is to be seen."""
     return f"{url}/env/{quote(env)}"
 
 
-def split_address(server, port):
+def split_address(server: str, port: int) -> tuple[str, int, str]:
     """(scheme://host, port, path) of a server.
 
     :param server: http:// or https://, host, and optionally :port and /path; "" for this machine's.
@@ -54,14 +55,15 @@ def split_address(server, port):
     return f"{parts.scheme}://{host}", port, parts.path.rstrip("/")
 
 
-def start_server(address, port, path="", patience=60.0):
+def start_server(address: str, port: int, path: str = "", patience: float = 60.0) -> None:
     """Start a Visdom server on this machine that outlives this process, unless one listens already, and wait for it."""
     if listens(port):
         return
     logger.log(f"starting a Visdom server at {address}:{port}, which stays when this has ended")
     with tempfile.TemporaryFile() as said:
-        server = subprocess.Popen([sys.executable, "-m", "guided_diffusion.live.server", str(port)], stderr=said,
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        server = subprocess.Popen([sys.executable, "-P", "-m", "guided_diffusion.live.server", str(port)],
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                                  start_new_session=True)
         end = time.monotonic() + patience
         while not listens(port) and server.poll() is None and time.monotonic() < end:
             time.sleep(0.1)
@@ -81,7 +83,7 @@ def listens(port: int, timeout: float = 1.0) -> bool:
     return False
 
 
-def visdom_client(env, address, port, path):
+def visdom_client(env: str, address: str, port: int, path: str) -> Any:
     """Visdom's own client, which hands over its messages instead of sending them.
 
     It logs in with VISDOM_USERNAME and VISDOM_PASSWORD if they are set.

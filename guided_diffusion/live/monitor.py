@@ -10,11 +10,14 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from .. import logger
 from ..system import packages, storage
 from ..system.errors import InputError
 from .client import environment_name, listens, page, split_address, start_server, visdom_client
+from .windows import Text
 
 
 class Monitor:
@@ -33,7 +36,8 @@ class Monitor:
     tick = 0.2  # seconds between two looks at the windows
     patience = 10.0  # seconds until a server that does not answer is asked again
 
-    def __init__(self, env, windows, folder=None, server="", port=8097, mode="off"):
+    def __init__(self, env: str, windows: Sequence[Text], folder: str | None = None, server: str = "", port: int = 8097,
+                 mode: str = "off"):
         self.env, self.windows = environment_name(env), windows
         self.active = False
         if not port:
@@ -54,7 +58,7 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def close(self, timeout=3.0):
+    def close(self, timeout: float = 3.0) -> None:
         """Record and send what is still to be sent, but wait no longer than `timeout` seconds for it."""
         if self.active:
             self._closed.set()
@@ -117,13 +121,13 @@ class Record:
     What cannot be written, or was cut off, leaves no trace.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str):
         self.path = os.path.join(folder, "visdom.log")
         storage.replace_link(self.path)
         with contextlib.suppress(OSError), open(self.path, "ab+") as file:
             file.truncate(_end_of_lines(file))
 
-    def write(self, messages):
+    def write(self, messages: Iterable[list]) -> None:
         data = "".join(json.dumps(message) + "\n" for message in messages).encode()
         if not data:
             return
@@ -150,7 +154,7 @@ def _end_of_lines(file):
     return 0
 
 
-def recorded(path):
+def recorded(path: str) -> list[dict[str, Any]]:
     """What a visdom.log shows in the end: the content of every window, as Visdom's endpoint "events" takes it.
 
     :raises InputError: if the file cannot be read, or holds none.

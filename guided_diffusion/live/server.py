@@ -14,7 +14,7 @@ from ..system import packages
 from ..system.errors import InputError
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("port", type=int, nargs="?", default=8097)
     port = parser.parse_args().port

@@ -7,18 +7,21 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .. import logger, metrics
+from ..data.cases import Case
 from ..data.masks import to_masks
 from ..draw import montage
 from ..system import packages, storage
 from ..system.terminal import duration
 from ..training import validation
-from ..training.callback import Callback
+from ..training.callback import Callback, Loop
 from .monitor import Monitor
 from .windows import Curves, Picture, Text
 
@@ -27,7 +30,7 @@ LARGE, SMALL = {"width": 405, "height": 336}, {"width": 405, "height": 276}
 FRAMES = 8  # of a film strip
 
 
-def environment(flags, folder):
+def environment(flags: Mapping[str, Any], folder: str) -> str:
     """The name of a run's Visdom environment: that of --visdom_env, or of its results folder."""
     return flags["visdom_env"] or os.path.basename(os.path.abspath(folder))
 
@@ -45,8 +48,9 @@ class TrainingView(Callback):
     :param enabled: False shows nothing, as on ranks above 0.
     """
 
-    def __init__(self, folder, flags, log_folder, end, global_batch, losses: Sequence[str], splits: Sequence[str] = (),
-                 split_by: str = "part", cases=(), enabled=True):
+    def __init__(self, folder: str, flags: Mapping[str, Any], log_folder: str | None, end: int, global_batch: int,
+                 losses: Sequence[str], splits: Sequence[str] = (), split_by: str = "part", cases: Sequence[Case] = (),
+                 enabled: bool = True):
         self.flags, self.log_folder, self.last_step, self.global_batch = flags, log_folder, end, global_batch
         self.enabled, self.seen = enabled, 0
         self.run = Text("run", every=2, **LARGE)
@@ -55,7 +59,7 @@ class TrainingView(Callback):
                  for name in losses if splits]
         scores = [Curves("scores of the validation cases",
                          {f"val_{name}_{validation.SCORED}": f"{name}_{validation.SCORED}"
-                          for name in validation.SCORES}, **SMALL)] if flags["val_dir"] else []
+                          for name in validation.LOGGED}, **SMALL)] if flags["val_dir"] else []
         for window in [*scores, *parts][:1]:  # stands in the first row
             window.opts.update(LARGE)
         self.curves = [
@@ -76,12 +80,12 @@ class TrainingView(Callback):
                                **monitor_flags(flags, enabled))
         self.progress = ProgressPicture(log_folder if enabled else None, losses)
 
-    def logged(self, loop=None):
+    def logged(self, loop: Loop = None) -> None:
         """Show what was logged since the last call."""
         self._read_log()
         self.progress.draw()
 
-    def drawn(self, loop, cases, masks, title):
+    def drawn(self, loop: Loop, cases: Sequence[Case], masks: Sequence[np.ndarray], title: str) -> None:
         """Show the ensembles, [n, H, W] bool, of Cases, and keep the picture as panel.png."""
         if self.enabled:
             shown = validation.SHOWN
@@ -91,7 +95,7 @@ class TrainingView(Callback):
                 with suppress(OSError):
                     storage.write_bytes(os.path.join(self.log_folder, "panel.png"), montage.png(picture))
 
-    def close(self):
+    def close(self) -> None:
         self.progress.draw(last=True)
         self.monitor.close()
 
@@ -122,7 +126,8 @@ class SamplingView:
     :param total: cases that this process will draw; steps: of the sampler.
     """
 
-    def __init__(self, folder, flags, log_folder, total, steps, enabled=True):
+    def __init__(self, folder: str, flags: Mapping[str, Any], log_folder: str | None, total: int, steps: int,
+                 enabled: bool = True):
         self.flags, self.total, self.start = flags, total, time.monotonic()
         self.ged, self.done, self.masks = [], 0, 0
         self.steps, self.shown_steps = steps, set(np.linspace(1, steps, FRAMES).round().astype(int).tolist())
@@ -136,12 +141,12 @@ class SamplingView:
         self.monitor = Monitor(environment(flags, folder) + "-sampling", [self.run, self.scores, self.film, self.case],
                                log_folder if enabled else None, **monitor_flags(flags, enabled))
 
-    def begin(self, case):
+    def begin(self, case: Case) -> None:
         """Take note that a Case is being drawn."""
         if self.monitor.active:
             self.begun[case.name] = case, []
 
-    def on_step(self, members, x, x_start):
+    def on_step(self, members: Sequence[tuple[str, int]], x: Tensor, x_start: Tensor) -> None:
         """Show a step of the sampler, see EnsembleSampler.draw, and after the last one the masks."""
         if not self.monitor.active:
             return
@@ -164,7 +169,7 @@ class SamplingView:
             # cut only if it is drawn, which most are not: whole ensembles come cut to show_case
             self.case.show(lambda: montage.case_montage(*case, to_masks(samples, median_blur)))
 
-    def show_case(self, case, masks):
+    def show_case(self, case: Case, masks: np.ndarray) -> None:
         """Show a Case with its ensemble, [n, H, W] bool."""
         if self.monitor.active:
             self.begun.pop(case.name)
@@ -175,7 +180,7 @@ class SamplingView:
                 self.scores.add(len(self.ged), {"GED": np.mean(self.ged)})
             self._describe()
 
-    def close(self):
+    def close(self) -> None:
         self.monitor.close()
 
     def _describe(self):
@@ -199,7 +204,7 @@ class ProgressPicture:
 
     share = 0.01  # of the time may go there
 
-    def __init__(self, folder, losses: Sequence[str], delay=5.0):
+    def __init__(self, folder: str | None, losses: Sequence[str], delay: float = 5.0):
         self.losses = losses
         if folder and not packages.is_installed("matplotlib"):
             logger.log(packages.missing("progress.png", "matplotlib") + "; going on without")
@@ -207,7 +212,7 @@ class ProgressPicture:
         self.path = folder and os.path.join(folder, "progress.png")
         self.thread, self.next_time = None, time.monotonic() + delay
 
-    def draw(self, last=False):
+    def draw(self, last: bool = False) -> None:
         """Draw what is logged, unless too much time has just gone there; the last one is waited for."""
         if last and self.thread:
             self.thread.join()
@@ -228,7 +233,7 @@ class ProgressPicture:
         self.next_time = time.monotonic() + (time.monotonic() - start) / self.share
 
 
-def monitor_flags(flags, enabled=True):
+def monitor_flags(flags: Mapping[str, Any], enabled: bool = True) -> dict[str, Any]:
     """What a Monitor takes of the flags; of the ranks, one draws."""
     return {"server": flags["visdom_server"], "port": flags["visdom_port"] if enabled else 0, "mode": flags["visdom"]}
 

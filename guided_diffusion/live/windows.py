@@ -1,6 +1,8 @@
 """Windows of Visdom's page: what they show, as messages to its server."""
 
 import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,15 +19,15 @@ class Text:
     :param opts: Visdom's, such as width and height in pixels.
     """
 
-    def __init__(self, title, every=0.0, **opts):
+    def __init__(self, title: str, every: float = 0.0, **opts: Any):
         self.title, self.every, self.opts = title, every, {"title": title, **opts}
         self.content, self.changed, self.next_time = "", True, 0.0
         self.whole, self.unrecorded, self.next_record = [], [], 0.0
 
-    def show(self, content):
+    def show(self, content: str | Callable[[], Image.Image]) -> None:
         self.content, self.changed = content, True
 
-    def update(self, client):
+    def update(self, client: Any) -> list[list]:
         """Take over what has changed: Visdom's messages for it; those that make the whole window stay in `whole`."""
         self.whole = client.messages(self._draw)
         return self.whole
@@ -65,7 +67,8 @@ class Curves(Text):
 
     most = 1000
 
-    def __init__(self, title, names, log=False, xlabel="step", first_width=2, **opts):
+    def __init__(self, title: str, names: Iterable[str] | dict[str, str], log: bool = False, xlabel: str = "step",
+                 first_width: int = 2, **opts: Any):
         names = names if isinstance(names, dict) else {name: name for name in names}
         super().__init__(title, legend=list(names.values()), **opts)
         # the page's own title and buttons would lie over the curves
@@ -79,7 +82,7 @@ class Curves(Text):
         self.names, self.log = list(names), log
         self.points, self._taken = [], 0
 
-    def add(self, x, values):
+    def add(self, x: float, values: Mapping[str, float]) -> None:
         """Add a point to every curve that the dict `values` has a finite value for."""
         y = [values.get(name, math.nan) for name in self.names]
         y = [value if math.isfinite(value) and (value > 0 or not self.log) else math.nan for value in y]
@@ -87,7 +90,7 @@ class Curves(Text):
             self.points.append((x, y))
             self.changed = True
 
-    def update(self, client):
+    def update(self, client: Any) -> list[list]:
         start, self._taken = self._taken, len(self.points)
         if not self._taken:
             return super().update(client)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.stream import Batch
+from ..networks.base import Encoded
 
 Row = tuple[int, str, int]  # a member to draw: which of the encoded scans, the name of its case, its number
 
@@ -124,12 +125,13 @@ class Method(nn.Module, abc.ABC):
         return ""
 
     @abc.abstractmethod
-    def encode(self, images: Tensor):
+    def encode(self, images: Tensor) -> Encoded:
         """What drawing needs of scans, computed once each: [S, C, H, W] in [0, 1] on the device -> a tensor [S, ...],
         or a tuple, list or dict of such."""
 
     @abc.abstractmethod
-    def draw(self, encoded, rows: Sequence[Row], seed: int, on_step: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def draw(self, encoded: Encoded, rows: Sequence[Row], seed: int, on_step: Callable[[Tensor, Tensor], None]
+             ) -> Tensor:
         """One mask a row, [N, H, W] float32 before the threshold of data.masks.
 
         A row's mask follows from its scan and from (seed, case, member) alone.
@@ -139,14 +141,14 @@ class Method(nn.Module, abc.ABC):
             and the predicted x_0, [N, 1, H, W] in the scaling of masks.
         """
 
-    @abc.abstractmethod
-    def evaluate_once(self, encoded, rows: Sequence[Row]) -> None:
+    def evaluate_once(self, encoded: Encoded, rows: Sequence[Row]) -> None:
         """One network evaluation of as much as `draw` does at once, to see what time and memory it takes."""
+        self.draw(encoded, rows, 0, lambda *_: None)
 
 
 # ---- what `encode` returns ----
 
-def select(encoded, scans: Sequence[int]):
+def select(encoded: Encoded, scans: Sequence[int]) -> Encoded:
     """Those scans out of what Method.encode returned, in this order."""
     if isinstance(encoded, dict):
         return {key: select(value, scans) for key, value in encoded.items()}
@@ -155,7 +157,7 @@ def select(encoded, scans: Sequence[int]):
     return encoded[torch.as_tensor(scans, device=encoded.device)]
 
 
-def join(parts: Sequence):
+def join(parts: Sequence[Encoded]) -> Encoded:
     """What Method.encode returned for several scans, as if it had been asked for all of them at once."""
     first = parts[0]
     if isinstance(first, dict):

@@ -5,6 +5,7 @@ With --kl_weight 0 it is the plain diffusion ensemble of Wolleb et al. 2022, wit
 
 import contextlib
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ..data.noise import MemberNoise, step_noise
 from ..data.stream import Batch, chosen_masks
 from ..gaussian_diffusion import GaussianDiffusion, ModelVarType
 from ..networks import NETWORKS
-from ..networks.base import encodes_scans, freeze
+from ..networks.base import Encoded, encodes_scans, freeze
 from ..nn import compile_network
 from ..resample import ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from ..samplers import SAMPLERS, network_calls
@@ -56,13 +57,13 @@ class CIMD(Method):
         self.model, self.posterior, self.prior = freeze(model), posterior, prior
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion.num_timesteps)
         self.walk, self.clip_denoised, self.sampler_options = SAMPLERS[sampler], clip_denoised, sampler_options or {}
-        self.autocast = None
+        self.autocast: torch.dtype | None = None
 
     @classmethod
-    def from_flags(cls, flags, model=None, training=True):
+    def from_flags(cls, flags: SimpleNamespace, model: nn.Module | None = None, training: bool = True) -> "CIMD":
         diffusion = process.diffusion_from_flags(flags)
         if model is None:
-            model = NETWORKS[flags.network](flags, 1, 2 if flags.learn_sigma else 1)
+            model = NETWORKS[flags.network](flags, masks.CHANNELS, masks.CHANNELS * (2 if flags.learn_sigma else 1))
         if not training:
             options = {flag.name.removeprefix(f"{flags.sampler}_"): getattr(flags, flag.name)
                        for flag in SAMPLERS.entries[flags.sampler].flags}
@@ -74,13 +75,13 @@ class CIMD(Method):
         return cls(diffusion, model, amn, acn, flags.kl_weight, schedule_sampler)
 
     @classmethod
-    def settle_flags(cls, flags, given):
+    def settle_flags(cls, flags: SimpleNamespace, given: dict) -> None:
         process.settle_prediction(flags, given)
         if hasattr(flags, "sampler"):
             process.settle_sampler(flags, given)
 
     @classmethod
-    def idle_flags(cls, flags):
+    def idle_flags(cls, flags: SimpleNamespace) -> dict[str, str]:
         idle = {}
         if not getattr(flags, "kl_weight", 1):
             idle |= {flag.name: "with --kl_weight 0, which trains without AMN and ACN" for flag in encoders.FLAGS}
@@ -89,20 +90,20 @@ class CIMD(Method):
         return idle
 
     @classmethod
-    def quick_flags(cls, flags):
+    def quick_flags(cls, flags: SimpleNamespace) -> dict:
         return {"sampler": "best", "sampling_steps": min(process.BEST["sampling_steps"], flags.diffusion_steps)}
 
     # ---- training ----
 
     @property
-    def loss_names(self):
+    def loss_names(self) -> list[str]:
         learned = self.diffusion.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
         parts = ["vb"] if self.diffusion.loss_type.is_bound() else ["mse"] + ["vb"] * learned
         return ["loss", *parts, *["kl"] * (self.posterior is not None)]
 
     def forward(self, batch: Batch) -> Losses:
         mask = chosen_masks(batch)  # [N, 1, S, S]
-        uniforms, noise = step_noise(batch.seed, batch.places, mask)
+        uniforms, noise = step_noise(batch.seed, batch.places, masks.to_diffusion(mask))
         t, weights = (dist_util.to_device(x, mask.device) for x in self.schedule_sampler.sample(uniforms))
         return Losses(self.losses(batch.image, mask, t, noise), weights, t * 4 // self.diffusion.num_timesteps,
                       {"timestep": t})
@@ -122,18 +123,18 @@ class CIMD(Method):
             terms["loss"] = terms["loss"] + self.kl_weight * terms["kl"]
         return terms
 
-    def after_step(self, losses):
+    def after_step(self, losses: Losses) -> None:
         if self.schedule_sampler.learns:
             self.schedule_sampler.update(dist_util.all_gather(losses.seen["timestep"]),
                                          dist_util.all_gather(losses.terms["loss"]))
 
-    def training_networks(self):
+    def training_networks(self) -> dict[str, nn.Module]:
         return {} if self.posterior is None else {"posterior": self.posterior, "prior": self.prior}
 
-    def training_state(self):
+    def training_state(self) -> dict[str, dict]:
         return {"schedule_sampler": self.schedule_sampler.state_dict()}
 
-    def load_training_state(self, state):
+    def load_training_state(self, state: dict[str, dict]) -> None:
         if ("posterior" in state) != (self.posterior is not None):
             raise InputError(f"is of a run with{'' if 'posterior' in state else 'out'} AMN and ACN; give the"
                              f" --kl_weight it was trained with")
@@ -141,7 +142,7 @@ class CIMD(Method):
 
     # ---- drawing ----
 
-    def prepare(self, dtype=None, compile=False):
+    def prepare(self, dtype: torch.dtype | None = None, compile: bool = False) -> "CIMD":
         self.eval()
         if hasattr(self.model, "convert_for_sampling"):
             self.model.convert_for_sampling(dtype)
@@ -153,26 +154,27 @@ class CIMD(Method):
         return self
 
     @property
-    def cost(self):
+    def cost(self) -> Cost:
         return Cost(int(encodes_scans(self.model)), network_calls(self.walk, self.diffusion.num_timesteps))
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         return self.diffusion.num_timesteps
 
     @property
-    def advice(self):
+    def advice(self) -> str:
         best = network_calls(SAMPLERS[process.BEST["sampler"]], process.BEST["sampling_steps"])
         return "" if self.cost.mask <= 4 * best else (
             f"--sampler best takes {best} network calls a mask rather than {self.cost.mask}")
 
     @torch.no_grad()
-    def encode(self, images):
+    def encode(self, images: Tensor) -> Encoded:
         with self._precision(images.device):
             encoded = self.model.encode(images) if hasattr(self.model, "encode") else images
-        return images.new_zeros(len(images), 1, *images.shape[2:]), encoded  # the first: what a mask is like
+        return images.new_zeros(len(images), masks.CHANNELS, *images.shape[2:]), encoded  # the first: what x_0 is like
 
-    def draw(self, encoded, rows: Sequence[Row], seed: int, on_step: Callable = lambda *_: None) -> Tensor:
+    def draw(self, encoded: Encoded, rows: Sequence[Row], seed: int,
+             on_step: Callable[[Tensor, Tensor], None] = lambda *_: None) -> Tensor:
         noise = MemberNoise(seed, [(case, member) for _, case, member in rows])
         like, kwargs = self._rows(encoded, rows)
         with self._precision(like.device):
@@ -183,14 +185,14 @@ class CIMD(Method):
         return masks.from_diffusion(x_t)[:, 0].cpu()
 
     @torch.no_grad()
-    def evaluate_once(self, encoded, rows):
+    def evaluate_once(self, encoded: Encoded, rows: Sequence[Row]) -> None:
         like, kwargs = self._rows(encoded, rows)
         with self._precision(like.device):
             self.diffusion.run_model(self.model, like, torch.zeros(len(rows), dtype=torch.long, device=like.device),
                                      kwargs)[0].cpu()
 
     def _rows(self, encoded, rows):
-        """What the masks of these rows are like, [N, 1, H, W], and what the denoiser is told of their scans."""
+        """What x_0 of these rows is like, [N, CHANNELS, H, W], and what the denoiser is told of their scans."""
         like, encoded = select(encoded, [scan for scan, _, _ in rows])
         return like, {"encoded": encoded} if hasattr(self.model, "encode") else {"image": encoded}
 

@@ -1,7 +1,9 @@
 """AMN and ACN: the axis-aligned Gaussian encoders of CIMD (section 3), taken from the Probabilistic U-Net."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from ..system.errors import InputError
@@ -20,7 +22,8 @@ class AxisAlignedConvGaussian(nn.Module):
     :param latent_dim: dimensions of z.
     """
 
-    def __init__(self, image_channels=1, num_filters=(32, 64, 128, 192), no_convs_per_block=3, latent_dim=6):
+    def __init__(self, image_channels: int = 1, num_filters: Sequence[int] = (32, 64, 128, 192),
+                 no_convs_per_block: int = 3, latent_dim: int = 6):
         super().__init__()
         self.image_channels = image_channels
         layers, channels = [], image_channels + 1
@@ -37,7 +40,7 @@ class AxisAlignedConvGaussian(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.trunc_normal_(layer.bias, std=0.001)
 
-    def forward(self, image, mask):
+    def forward(self, image: Tensor, mask: Tensor) -> Independent:
         """image: [N, C, H, W] in [0, 1], of which the first `image_channels` are seen; mask: [N, 1, H, W] in [0, 1].
 
         Returns a distribution over z, batch shape [N], event shape [latent_dim].

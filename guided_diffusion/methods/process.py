@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from ..system.errors import InputError
 from ..system.flag import Flag
 
 # What --sampler best means; measured in docs/benchmarks.md
-BEST = {"sampler": "dpm++sde", "sampling_steps": 7, "timestep_spacing": "logsnr"}
+BEST: dict[str, Any] = {"sampler": "dpm++sde", "sampling_steps": 7, "timestep_spacing": "logsnr"}
 
 
 class _SamplersAndBest(Mapping):

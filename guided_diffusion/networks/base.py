@@ -1,8 +1,11 @@
 """What a diffusion method asks of its network, and the parts of a network that are never trained."""
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
+
+Encoded = Any  # a tensor with a row a scan, or a tuple, list or dict of such
 
 
 class Denoiser(nn.Module):
@@ -17,16 +20,16 @@ class Denoiser(nn.Module):
 
     frozen: tuple[str, ...] = ()
 
-    def encode(self, image: Tensor):
+    def encode(self, image: Tensor) -> Encoded:
         """What can be computed once a scan: image [N, C, H, W] in [0, 1] -> a tensor [N, ...], or a tuple, list or dict
         of such. Here: the scan itself."""
         return image
 
-    def denoise(self, x: Tensor, timesteps: Tensor, encoded) -> Tensor:
+    def denoise(self, x: Tensor, timesteps: Tensor, encoded: Encoded) -> Tensor:
         """x [N, x_channels, H, W], timesteps [N], and what `encode` returned -> [N, out_channels, H, W]."""
         raise NotImplementedError(f"{type(self).__name__} needs a method denoise(x, timesteps, encoded)")
 
-    def forward(self, x: Tensor, timesteps: Tensor, image: Tensor | None = None, encoded=None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, image: Tensor | None = None, encoded: Encoded = None) -> Tensor:
         return self.denoise(x, timesteps, self.encode(image) if encoded is None else encoded)
 
 

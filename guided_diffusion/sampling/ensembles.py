@@ -9,11 +9,11 @@ import torch
 
 from .. import dist_util
 from ..data.cases import Case
-from ..methods.base import Method, join
+from ..methods.base import Encoded, Method, join
 from ..system.errors import InputError
 
 
-def largest_batch(device, image_size):
+def largest_batch(device: torch.device, image_size: int) -> int:
     """The most masks that pay to be drawn at once, if the memory holds them: on a CPU, those that its caches hold."""
     return max(1, 2 ** 16 // image_size ** 2) if device.type == "cpu" else 256
 
@@ -35,7 +35,7 @@ class EnsembleSampler:
         self.method, self.batch_size, self.seed = method, batch_size, seed
         self.device = dist_util.device_of(method)
 
-    def encode(self, image: np.ndarray):
+    def encode(self, image: np.ndarray) -> Encoded:
         """What the method makes of a scan [C, H, W] before any mask of it is drawn."""
         return self.method.encode(dist_util.to_device(torch.from_numpy(image)[None], self.device))
 
@@ -63,7 +63,7 @@ class EnsembleSampler:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def draw(self, scans: Sequence, members: Sequence[tuple[str, int]], on_step: Callable = lambda *_: None
+    def draw(self, scans: Sequence[Encoded], members: Sequence[tuple[str, int]], on_step: Callable = lambda *_: None
              ) -> np.ndarray:
         """Samples of one batch, [N, H, W] float32; see data.masks.
 

@@ -9,8 +9,9 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,19 +32,19 @@ class BackgroundWriter:
     Leaving its `with` waits for all; an error of one is raised at the next call, or then.
     """
 
-    def __init__(self, most_waiting=8):
+    def __init__(self, most_waiting: int = 8):
         self.most_waiting, self.waiting = most_waiting, collections.deque()
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
 
-    def __call__(self, function, *args):
+    def __call__(self, function: Callable, *args: Any) -> None:
         self.waiting.append(self.pool.submit(function, *args))
         while self.waiting and (self.waiting[0].done() or len(self.waiting) > self.most_waiting):
             self.waiting.popleft().result()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.pool.shutdown()
         if exception[0] is None:
             while self.waiting:
@@ -68,7 +69,8 @@ def result_names(case_name: str, num_ensemble: int) -> list[str]:
             *(f"{case_name}_{kind}" for kind in ("mean.png", "std.png", "montage.png", "ensemble.npz"))]
 
 
-def write_case(folder: str, case: Case, samples: np.ndarray, masks: np.ndarray, fingerprint: str = "") -> None:
+def write_case(folder: storage.AnyPath, case: Case, samples: np.ndarray, masks: np.ndarray, fingerprint: str = ""
+               ) -> None:
     """Write the ensemble of one case:
 
     <case>_output<i>.png   member i, 0 or 255
@@ -99,7 +101,7 @@ def write_case(folder: str, case: Case, samples: np.ndarray, masks: np.ndarray, 
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path: str) -> Iterator[str]:
     """Inside, an OSError becomes an InputError that names this file and the remedy."""
     try:
         yield path
@@ -136,7 +138,7 @@ def drawing_settings(args: SimpleNamespace, model_digest: str) -> list[dict[str,
     return [{**settings, **_ONLY_IN_TRAINING}, settings]
 
 
-def fingerprint(case, **settings):
+def fingerprint(case: Case, **settings: Any) -> str:
     """A hash of a case's image and of everything else that decides its samples."""
     text = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     text.update(case.image.tobytes())
@@ -163,7 +165,7 @@ def is_complete(folder: str, case_name: str, shape: tuple[int, int, int], *wante
 
 # ---- masks that are kept until all cases are scored ----
 
-def kept_file(folder, case_name):
+def kept_file(folder: str, case_name: str) -> str:
     return storage.join(folder, f".drawn_{case_name}.pt")
 
 

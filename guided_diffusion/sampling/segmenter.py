@@ -3,10 +3,10 @@
 import collections
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from .. import checkpoint, script_util
-from ..data import pictures, scaling
+from ..data import masks, pictures, scaling
 from ..data.case_files import CaseContents, CaseFiles, case_name, read_case, sort_files
 from ..data.cases import Case
 from ..data.fitting import fit_case, fit_spacing
@@ -26,6 +26,10 @@ from ..system.errors import InputError
 from ..system.flag import check_value
 from .ensembles import EnsembleSampler, largest_batch
 from .files import write_case
+
+AnyScan = np.ndarray | torch.Tensor | Image.Image | str | os.PathLike  # see Segmenter.sample
+Scans = list[Any] | tuple[Any, ...]  # of AnyScan each
+Spacing = tuple[float, float]  # (row, column) distance of pixels in mm
 
 
 class Ensemble:
@@ -42,23 +46,23 @@ class Ensemble:
     info     what else the file says of the scan, as its reader has it, a dict
     """
 
-    def __init__(self, case: Case, samples: np.ndarray, spacing: tuple[float, float] | None = None,
+    def __init__(self, case: Case, samples: np.ndarray, spacing: Spacing | None = None,
                  info: Mapping[str, Any] | None = None):
         self.name, self.image, self.raters = case
         self.samples, self.spacing, self.info = samples, spacing, dict(info or {})
         self.masks = to_masks(samples)
         self.mean, self.std = self.masks.mean(0), self.masks.std(0)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.masks)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int | slice) -> np.ndarray:
         return self.masks[i]
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.masks, dtype=dtype, copy=copy)
 
-    def outline_at(self, p=0.5):
+    def outline_at(self, p: float = 0.5) -> list[np.ndarray]:
         """Outlines of where the probability of foreground is at least p, 0 < p <= 1.
 
         :returns: closed contours, a list of [k, 2] float arrays of (x, y) in pixels, the first point again at the end;
@@ -74,7 +78,7 @@ class Ensemble:
         lines = contourpy.contour_generator(z=np.pad(self.mean, 1)).lines(level)
         return [np.clip(line - 1, -0.5, np.array(self.mean.shape[::-1]) - 0.5) for line in lines]
 
-    def area_interval(self, level=0.9):
+    def area_interval(self, level: float = 0.9) -> tuple[float, float, float]:
         """(low, median, high) of the foreground's area over the members: `level` of them lie from low to high, as many
         below as above. In mm2 if the spacing is known, else in pixels of the masks."""
         if not 0 <= level <= 1:
@@ -82,7 +86,7 @@ class Ensemble:
         areas = self.masks.sum((1, 2)) * math.prod(self.spacing or (1,))
         return tuple(np.quantile(areas, [(1 - level) / 2, 0.5, (1 + level) / 2]).tolist())
 
-    def save(self, folder, name=None):
+    def save(self, folder: storage.AnyPath, name: str | None = None) -> None:
         """Write the files of segmentation_sample.py, see files.write_case, into a folder, which is made.
 
         :param name: of the files, <name>_output0.png, ... (default: that of the ensemble).
@@ -105,7 +109,8 @@ class Segmenter:
         self.model, self.flags, self.device, self.dtype = model.to(device), dict(flags), torch.device(device), dtype
 
     @classmethod
-    def load(cls, path, device=None, bf16=False, **flags):
+    def load(cls, path: storage.AnyPath, device: torch.device | str | None = None, bf16: bool = False, **flags: Any
+             ) -> Self:
         """Load savedmodel*.pt or emasavedmodel*.pt.
 
         :param path: a local path, gs:// or az://, or a results folder, whose savedmodel.pt is meant. The flags of the
@@ -131,8 +136,23 @@ class Segmenter:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, vars(args), device, script_util.autocast_dtype(args))
 
-    def sample(self, image, num_ensemble=16, steps=None, seed=0, batch_size="auto", name=None, *, sampler="best",
-               fit="error", spacing=None, data_dir=None, options=None):
+    @overload
+    def sample(self, image: AnyScan, num_ensemble: int = 16, steps: int | None = None, seed: int = 0,
+               batch_size: int | str = "auto", name: str | None = None, *,
+               sampler: str = "best", fit: str = "error", spacing: Spacing | None = None,
+               data_dir: storage.AnyPath | None = None, options: Mapping[str, Any] | None = None) -> Ensemble: ...
+
+    @overload
+    def sample(self, image: Scans, num_ensemble: int = 16, steps: int | None = None, seed: int = 0,
+               batch_size: int | str = "auto", name: Sequence[str] | None = None, *,
+               sampler: str = "best", fit: str = "error", spacing: Spacing | Sequence[Spacing] | None = None,
+               data_dir: storage.AnyPath | None = None, options: Mapping[str, Any] | None = None) -> list[Ensemble]: ...
+
+    def sample(self, image: AnyScan | Scans, num_ensemble: int = 16, steps: int | None = None, seed: int = 0,
+               batch_size: int | str = "auto", name: str | Sequence[str] | None = None, *,
+               sampler: str = "best", fit: str = "error", spacing: Spacing | Sequence[Spacing] | None = None,
+               data_dir: storage.AnyPath | None = None, options: Mapping[str, Any] | None = None
+               ) -> Ensemble | list[Ensemble]:
         """Draw an Ensemble of masks for a scan, or a list of them for a list or tuple of scans.
 
         :param image: an array or tensor [H, W] or [C, H, W], uint8 or uint16 spanning their range, or floats in
@@ -239,7 +259,7 @@ def _read(source, name, label, data_dir, readers):
         extent = f" from {image.min():g} to {image.max():g}" if kind in "iuf" else ""
         raise ValueError(f"{label} is {image.dtype}{extent}; give uint8, uint16, or floats and scale it to [0, 1]")
     image = image.astype(np.float32, copy=False) if kind == "f" else image
-    return name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), dtype=bool), None, {}), None
+    return name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), masks.DTYPE), None, {}), None
 
 
 def _files(path, data_dir, readers):

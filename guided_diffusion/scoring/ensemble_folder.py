@@ -3,7 +3,7 @@
 import os
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -25,7 +25,7 @@ class EnsembleFolder:
         number without a gap.
     """
 
-    def __init__(self, folder, pattern):
+    def __init__(self, folder: str | Path, pattern: str):
         self.folder, self.pattern = folder, pattern
         try:
             fields = [_fields(part) for part in pattern.rpartition("/")[::2]]
@@ -42,7 +42,7 @@ class EnsembleFolder:
             raise InputError(f"--samples_dir {folder}: no such folder on this machine")
         self._listed = {}
 
-    def find(self, cases, skip_missing=False):
+    def find(self, cases: Iterable[str], skip_missing: bool = False) -> dict[str, list[Path]]:
         """The files of the members of each case, {case name: [paths in order]}.
 
         :raises InputError: naming every case without members, or with a gap; those without are left out if

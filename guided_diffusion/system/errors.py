@@ -1,5 +1,8 @@
 """The one exception that speaks to the user."""
 
+import os
+from collections.abc import Sequence
+
 MAX_PROBLEMS_SHOWN = 100
 
 
@@ -9,12 +12,12 @@ class InputError(Exception):
     Scripts print it without a traceback and leave with exit code 2; if `on_every_rank`, only rank 0 prints it.
     """
 
-    def __init__(self, message, on_every_rank=False):
+    def __init__(self, message: str, on_every_rank: bool = False):
         super().__init__(message)
         self.on_every_rank = on_every_rank
 
 
-def raise_problems(problems, where):
+def raise_problems(problems: Sequence[str], where: str | os.PathLike) -> None:
     """Raise one InputError that lists all these messages, one a line; none at all is fine."""
     if len(problems) == 1:
         raise InputError(problems[0])

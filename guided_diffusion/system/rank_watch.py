@@ -14,7 +14,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
+from typing import Any
 
 from .terminal import program_name
 
@@ -23,7 +25,7 @@ _LAUNCHED = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 PARENT = os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
 
 
-def orphaned():
+def orphaned() -> bool:
     """Whether the launcher of this process has died."""
     if PARENT == 1:  # init took over before this module was read, or the launcher is process 1 of a container
         with contextlib.suppress(OSError), open("/proc/1/cmdline", "rb") as file:
@@ -44,7 +46,9 @@ class RankWatch:
     :param timeout: seconds of silence, or of standing still (see `at`), after which a rank counts as hanging.
     """
 
-    def __init__(self, rank, peers, timeout):
+    state: dict[str, Any]  # what it says of itself
+
+    def __init__(self, rank: int, peers: dict[int, socket.socket], timeout: float):
         self.rank, self.peers, self.timeout = rank, peers, timeout
         self.tick = min(1.0, timeout / 10)
         self.found = threading.Event()  # set when the run has to end
@@ -59,7 +63,7 @@ class RankWatch:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def at(self, place, doing=""):
+    def at(self, place: Sequence[int] | None, doing: str = "") -> None:
         """Say how far this rank is, and in words what it does there.
 
         :param place: a tuple that grows; of ranks that stand still, the others wait for the one with the smallest.
@@ -67,7 +71,7 @@ class RankWatch:
         """
         self.state = {**self.state, "place": place and list(place), "doing": doing}
 
-    def close(self, failed=False):
+    def close(self, failed: bool = False) -> None:
         """Leave, without alarming the others; or, if this rank has failed and said why, end them, too."""
         self.state = {"fault": ""} if failed else {**self.state, "done": True}
         self._closed.set()
@@ -153,7 +157,8 @@ class RankWatch:
         os._exit(1)
 
 
-def connect(rank, world_size, address, gather, timeout):
+def connect(rank: int, world_size: int, address: str, gather: Callable[[Any], list[Any]], timeout: float
+            ) -> RankWatch | None:
     """Start the watch of a rank; None where the ranks cannot reach rank 0's machine.
 
     :param address: of rank 0's machine; gather: the function that gathers an object from every rank.

@@ -15,10 +15,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .errors import InputError
 from .flag import Flag
+
+Added = TypeVar("Added")  # a function or class
 
 
 class Entry(NamedTuple):
@@ -42,7 +44,7 @@ class Registry(Mapping):
         self._entries: dict[str, Entry] = {}
         self._found = package is None
 
-    def add(self, name: str, help: str = "", flags: Sequence[Flag] = ()) -> Callable:
+    def add(self, name: str, help: str = "", flags: Sequence[Flag] = ()) -> Callable[[Added], Added]:
         """A decorator that registers a function or class under this name and returns it unchanged.
 
         :raises InputError: if another file has registered the name already.

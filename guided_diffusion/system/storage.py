@@ -12,16 +12,18 @@ from pathlib import Path
 from . import packages
 from .errors import InputError
 
+AnyPath = str | os.PathLike[str]  # of a file or folder on this machine or, as a string with ://, in a bucket
 
-def is_remote(path):
+
+def is_remote(path: AnyPath) -> bool:
     return "://" in str(path)
 
 
-def join(folder, name):
+def join(folder: AnyPath, name: str) -> str:
     return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
 
 
-def folder_of(path):
+def folder_of(path: AnyPath) -> str:
     return str(path).rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
 
 
@@ -29,11 +31,11 @@ def _blobfile():
     return packages.require("blobfile", "a path with ://")
 
 
-def exists(path):
+def exists(path: AnyPath) -> bool:
     return _blobfile().exists(str(path)) if is_remote(path) else os.path.exists(path)
 
 
-def make_folder(folder, flag="--results_dir"):
+def make_folder(folder: AnyPath, flag: str = "--results_dir") -> None:
     """Create a results folder; raises InputError if nothing can be written there."""
     if is_remote(folder):
         return
@@ -46,7 +48,7 @@ def make_folder(folder, flag="--results_dir"):
         raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
-def claim(folder):
+def claim(folder: AnyPath) -> contextlib.AbstractContextManager:
     """Claim a folder for the training of this process, until what is returned is closed.
 
     :raises InputError: if another process has claimed it. Buckets, Windows and file systems without locks do not tell.
@@ -69,7 +71,7 @@ def claim(folder):
     return file
 
 
-def read_bytes(path):
+def read_bytes(path: AnyPath) -> bytes:
     if is_remote(path):
         with _blobfile().BlobFile(str(path), "rb") as file:
             return file.read()
@@ -78,20 +80,20 @@ def read_bytes(path):
     return Path(path).read_bytes()
 
 
-def replace_link(path):
+def replace_link(path: AnyPath) -> None:
     """Remove a link that stands in the place of a file to be written, so that nothing is written through it."""
     if os.path.islink(path):
         os.unlink(path)
 
 
-def remove(path):
+def remove(path: AnyPath) -> None:
     if is_remote(path):
         _blobfile().remove(str(path))
     else:
         os.unlink(path)
 
 
-def write_bytes(path, data):
+def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
     if is_remote(path):  # an object appears when its upload is complete
         with _blobfile().BlobFile(str(path), "wb") as file:
@@ -113,7 +115,7 @@ def _temporary(path):
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
-def remove_partial(folder):
+def remove_partial(folder: AnyPath) -> None:
     """Remove what processes that were killed while they wrote have left behind in a folder: temporary files of
     processes of this machine that are gone, and any that are older than a day. Called before this one writes."""
     here = f".{socket.gethostname()}."
@@ -138,13 +140,13 @@ def _runs(process):
     return True
 
 
-def names_in(folder):
+def names_in(folder: AnyPath) -> set[str]:
     """The names of all files of a folder, none if there is no folder."""
     if is_remote(folder):
         return set(_blobfile().listdir(str(folder))) if exists(folder) else set()
     return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
-def digest(path):
+def digest(path: AnyPath) -> str:
     """SHA-256 of a file, as hex."""
     return hashlib.sha256(read_bytes(path)).hexdigest()

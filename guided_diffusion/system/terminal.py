@@ -4,6 +4,7 @@ import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from time import monotonic
 
 from tqdm import tqdm
@@ -16,7 +17,8 @@ def program_name() -> str:
     return os.path.basename(sys.argv[0]).removesuffix(".exe")
 
 
-def progress(iterable=None, desc="", total=None, unit="step", enabled=True, initial=0, leave=True):
+def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "step",
+             enabled: bool = True, initial: int = 0, leave: bool = True) -> "tqdm | _Lines":
     """How far a long thing is, on stderr: a tqdm bar in a terminal, elsewhere (the log of a job, a pipe) a line now and
     then, and none at all for what takes less than ten seconds.
 
@@ -98,7 +100,7 @@ class _Lines:
             print(f"{self.desc}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds in words of one or two units: "35 s", "75 min", "5 h 20 min", "3 d 4 h"."""
     minutes = round(seconds / 60)
     if seconds < 99.5:
@@ -110,7 +112,7 @@ def duration(seconds):
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
-def summary(title, rows, next_command=()):
+def summary(title: str, rows: Sequence[tuple[str, str]], next_command: Sequence[str] = ()) -> str:
     """What a script says at its end.
 
     :param title: what was done, in a line.

@@ -7,7 +7,7 @@ from .. import checkpoint, dist_util, logger
 from ..networks.base import frozen_state, trained_state
 from ..system import storage
 from ..system.errors import InputError
-from .callback import Callback
+from .callback import Callback, Loop
 from .saver import Saver
 
 
@@ -22,22 +22,22 @@ class Checkpoints(Callback):
         self.folder, self.interval, self.patience = folder, interval, patience
         self.saver = Saver(folder, keep)
 
-    def begin(self, loop):
+    def begin(self, loop: Loop) -> None:
         self.saver.last = loop.step - loop.overdue
         if dist_util.rank() == 0:
             self.saver.prune(loop.step)  # which the end of the run before may not have come to
         if dist_util.watch:
             dist_util.watch.before_exit = self.saver.finish
 
-    def turned(self, loop, logs):
+    def turned(self, loop: Loop, logs: bool) -> None:
         self.saver.poll()
         if loop.step % self.interval == 0 or logs and self.saver.problem:
             self.save(loop)
 
-    def wants_to_stop(self, loop):
+    def wants_to_stop(self, loop: Loop) -> bool:
         return bool(self.saver.problem) and (loop.step - self.saver.last) / self.interval > self.patience
 
-    def end(self, loop):
+    def end(self, loop: Loop) -> None:
         self.saver.wait()
         if any(dist_util.all_gather_objects(loop.step > self.saver.last)):
             self.save(loop)
@@ -46,7 +46,7 @@ class Checkpoints(Callback):
             raise InputError(f"{self.saver.problem}. Free space, or make the folder writable, and run the same command"
                              f" again: it goes on from step {self.saver.last}")
 
-    def save(self, loop) -> None:
+    def save(self, loop: Loop) -> None:
         """Begin to write the checkpoint of this step; savedmodel<step>.pt, which says that it is whole, comes last.
 
         Every rank calls this, but for a second attempt right after a line of the log, when there is nothing to gather.
@@ -64,7 +64,7 @@ class Checkpoints(Callback):
             checkpoint.NEWEST: weights, checkpoint.model_name(loop.step): weights})
 
 
-def resume(loop, model_path: str, same_run: bool = False) -> None:
+def resume(loop: Loop, model_path: str, same_run: bool = False) -> None:
     """Let a TrainLoop go on from savedmodel<step>.pt and the files of the same step beside it.
 
     Weights alone (of the published code, say) start with all else afresh, and say so.
@@ -111,7 +111,7 @@ def resume(loop, model_path: str, same_run: bool = False) -> None:
     logger.log(f"resumed at step {loop.step} from {model_path}")
 
 
-def state_of(loop) -> dict:
+def state_of(loop: Loop) -> dict:
     """What optsavedmodel<step>.pt holds: all that going on needs beside the network that draws."""
     meters = dist_util.all_gather_objects(loop.meter.state_dict()) if loop.meter.sums else []
     state = {"step": loop.step, "position": loop.position, "data": loop.data.digest(), "meters": meters,
@@ -122,7 +122,7 @@ def state_of(loop) -> dict:
     return {**state, **{name: part.state_dict() for name, part in loop.method.training_networks().items()}}
 
 
-def restore(loop, state: dict) -> None:
+def restore(loop: Loop, state: dict) -> None:
     """Take over what state_of returned.
 
     :raises InputError: if it is of another kind of run; almost any other exception for what is none.

@@ -3,12 +3,14 @@
 import concurrent.futures
 import contextlib
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
 from .. import logger
-from ..checkpoint import NEWEST, files_of, save, steps_in
+from ..checkpoint import FROZEN, NEWEST, files_of, save, steps_in
 from ..system import storage
 
 
@@ -21,29 +23,29 @@ class Saver:
     :param last: the step up to which nothing needs to be saved.
     """
 
-    def __init__(self, folder, keep=0, last=0):
+    def __init__(self, folder: str, keep: int = 0, last: int = 0):
         self.folder, self.keep = folder, keep
         self.last, self.problem = last, ""  # the newest step that is whole, and why the one after it is not
         self.pool, self.job = ThreadPoolExecutor(1), None
 
-    def begin(self, step, files):
+    def begin(self, step: int, files: Mapping[str, Any]) -> None:
         """Copy the states {name: state}, then write them in this order; waits only for what is still being written."""
         self.wait()
         copies = {id(state): _copied(state) for state in files.values()}
         self.job = step, self.pool.submit(self._write, step, {name: copies[id(state)] for name, state in files.items()})
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until nothing is being written any more."""
         if self.job:
             concurrent.futures.wait([self.job[1]])
         self.poll()
 
-    def finish(self):
+    def finish(self) -> None:
         """Wait half a minute for what is being written, before the process is ended."""
         if self.job:
             concurrent.futures.wait([self.job[1]], timeout=30)
 
-    def poll(self):
+    def poll(self) -> None:
         """Log what has come of the writing, if it is over."""
         if not self.job or not self.job[1].done():
             return
@@ -62,11 +64,11 @@ class Saver:
                 save(storage.join(self.folder, name), state)
                 written.append(name)
         except BaseException:
-            self._remove(name for name in written if name != NEWEST)  # a part of a checkpoint only takes space
+            self._remove(name for name in written if name not in (NEWEST, FROZEN))  # a part only takes space
             raise
         self.prune(step)
 
-    def prune(self, step):
+    def prune(self, step: int) -> None:
         """Remove all but the newest `keep` checkpoints up to this one, which is whole; later ones may not be."""
         kept = [old for old in steps_in(self.folder) if old <= step][-self.keep:] if self.keep else []
         for name in sorted(storage.names_in(self.folder)) if kept else ():

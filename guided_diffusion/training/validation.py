@@ -14,11 +14,11 @@ from ..data.cases import Case, SegmentationCases
 from ..data.masks import to_masks
 from ..methods.base import Method
 from ..sampling.ensembles import EnsembleSampler, largest_batch
-from .callback import Callback, Stopped
+from .callback import Callback, Loop, Stopped
 
 SHOWN = 4  # cases in the panel, and members of theirs
 SCORED = 16  # members that are scored
-SCORES = ("GED", "CI", "D_max")
+LOGGED = ("GED", "CI", "D_max")  # of metrics.SCORES
 
 
 class Validation(Callback):
@@ -38,11 +38,11 @@ class Validation(Callback):
         places = np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int)
         self.cases: list[Case] = [cases[i] for i in places]
 
-    def due(self, loop) -> bool:
+    def due(self, loop: Loop) -> bool:
         """Whether the cases are drawn behind this step."""
         return loop.step == loop.end or loop.step % self.interval == 0
 
-    def overdue(self, loop):
+    def overdue(self, loop: Loop) -> bool:
         """Whether a signal broke off the drawing behind this step, where the run resumes: its line is not logged."""
         logged, waiting = dist_util.all_gather_objects(
             (any(row["step"] == loop.step for row in logger.history()), bool(loop.meter.sums)))[0]
@@ -50,7 +50,7 @@ class Validation(Callback):
             loop.meter.restart()  # the line was made up for, and the checkpoint after it lost
         return self.due(loop) and waiting and not logged
 
-    def scores(self, loop):
+    def scores(self, loop: Loop) -> dict[str, float]:
         if not self.due(loop):
             return {}
         start = time.perf_counter()
@@ -111,4 +111,4 @@ class Validation(Callback):
             return {}
         pairs = [metrics.Agreement(drawn, case.raters) for drawn, case in zip(masks, self.cases)]
         return {f"val_{name}_{self.members}": float(np.mean([metrics.SCORES[name](pair) for pair in pairs]))
-                for name in SCORES}
+                for name in LOGGED}

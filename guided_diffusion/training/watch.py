@@ -6,15 +6,17 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .. import dist_util, logger
-from ..data.stream import ShuffledCases
+from ..data.stream import Batch, ShuffledCases
 from ..methods.base import Losses
 from ..system.errors import InputError
-from .callback import Callback
+from .callback import Callback, Loop
 
 
 class Meter:
@@ -25,6 +27,8 @@ class Meter:
 
     :param parts: see Method.parts.
     """
+
+    sums: dict[str, Tensor]
 
     def __init__(self, parts: Sequence[str], device: torch.device):
         self.parts, self.device = tuple(parts), device
@@ -50,16 +54,16 @@ class Meter:
             total.index_add_(0, part, values.float().where(finite, 0))
         self.examples += len(finite)
 
-    def add_norm(self, norm):
+    def add_norm(self, norm: Tensor) -> None:
         """The norm of a step's gradient, the same on every rank; left out if it is not finite."""
         finite = norm.isfinite()
         self.norms = self.norms + torch.stack([norm.where(finite, 0), finite]).float()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """This rank's sums since the last reading."""
         return {"sums": self.sums, "counts": self.counts, "norms": self.norms}
 
-    def load_state_dicts(self, states):
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """Go on from the sums of every rank of a run; if it had another number of ranks, the first takes them all."""
         self.restart()
         alike = len(states) == dist_util.world_size()
@@ -71,7 +75,7 @@ class Meter:
                     self.sums[name] = self.sums.get(name, 0) + total.to(self.device).reshape(self.counts.shape)
                 self.counts = self.counts + state["counts"].to(self.device).reshape(self.counts.shape)
 
-    def read(self, restart=True):
+    def read(self, restart: bool = True) -> dict[str, float]:
         """A dict of floats; starts anew, unless told to go on."""
         table = torch.stack([self.counts, *self.sums.values()])
         if dist.is_initialized():
@@ -93,7 +97,7 @@ class Meter:
         return values
 
 
-def peak_memory(device):
+def peak_memory(device: torch.device) -> int:
     """The most bytes of a CUDA device's memory that held tensors, or of the machine's that this process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -108,13 +112,15 @@ class SignalsNoted(contextlib.AbstractContextManager):
     """Inside, SIGINT, SIGTERM and SIGUSR1, with which SLURM warns of a time limit, are only noted, in `received`; a
     second one, a while later, acts at once."""
 
-    def __enter__(self):
+    received: signal.Signals | None
+
+    def __enter__(self) -> Self:
         self.received, self._when = None, 0.0
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -138,7 +144,7 @@ class Later:
             self.value.copy_(value, non_blocking=True)
             self.arrived.record()
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         if self.arrived:
             self.arrived.synchronize()
         return bool(self.value)
@@ -154,19 +160,19 @@ class BadSteps(Callback):
         self.most_in_a_row, self.count, self.in_a_row = most_in_a_row, 0, 0
         self.noted = None
 
-    def stepped(self, loop, batch, losses, bad):
+    def stepped(self, loop: Loop, batch: Batch, losses: Losses, bad: Later) -> None:
         self.check(loop.data)
         self.noted = bad, loop.step + 1, batch.places, losses
 
-    def figures(self, loop):
+    def figures(self, loop: Loop) -> dict[str, float]:
         self.check(loop.data)
         return {"bad_steps": self.count}
 
-    def state(self, loop):
+    def state(self, loop: Loop) -> dict:
         self.check(loop.data)
         return {"bad_steps": [self.count, self.in_a_row]}
 
-    def load_state(self, state):
+    def load_state(self, state: dict) -> None:
         self.count, self.in_a_row = map(operator.index, state.get("bad_steps", (0, 0)))
 
     def check(self, data: ShuffledCases) -> None:
@@ -201,9 +207,9 @@ class RanksWatched(Callback):
     def __init__(self):
         self.places = 0
 
-    def doing(self, loop, words, within=()):
+    def doing(self, loop: Loop, words: str, within: Sequence[int] = ()) -> None:
         self.places += not within
         dist_util.at((loop.step, self.places, *within), words)
 
-    def end(self, loop):
+    def end(self, loop: Loop) -> None:
         dist_util.at(None)  # the last checkpoint may take its time

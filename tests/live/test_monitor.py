@@ -288,6 +288,7 @@ def test_server_that_hangs_holds_nothing_up_and_gets_all_when_it_goes_on(server,
 
 def test_a_server_is_started_if_asked_for_and_stays(environment, tmp_path):
     port = free_port()
+    (tmp_path / "guided_diffusion.py").write_text("raise SystemExit('a module of the working directory')")
     code = f"""
 from guided_diffusion.live.monitor import Monitor
 from guided_diffusion.live.windows import Curves
@@ -297,8 +298,8 @@ curves.add(1, {{"loss": 1.0}})
 monitor.close({PATIENCE})
 monitor.close({PATIENCE})
 """
-    result = subprocess.run([sys.executable, "-c", code], env={**environment, "HOME": str(tmp_path)}, cwd=tmp_path,
-                            capture_output=True, text=True, timeout=2 * PATIENCE)
+    result = subprocess.run([sys.executable, "-P", "-c", code], env={**environment, "HOME": str(tmp_path)},
+                            cwd=tmp_path, capture_output=True, text=True, timeout=2 * PATIENCE)
     try:
         assert result.returncode == 0 and f"watch it at http://127.0.0.1:{port}/env/started" in result.stdout, result
         assert points(windows_of(port, "started")["loss"]) == [(1, 1.0)]

@@ -7,7 +7,8 @@ from helpers.files import save
 from helpers.refusals import refusal
 from PIL import Image
 
-from guided_diffusion.data.cases import SegmentationCases, find_cases
+from guided_diffusion.data.case_files import find_cases
+from guided_diffusion.data.cases import SegmentationCases
 from guided_diffusion.scoring.ensemble_folder import EnsembleFolder, read_scored_case
 from guided_diffusion.system.errors import InputError
 

@@ -9,12 +9,13 @@ import time
 
 import pytest
 import torch
-from helpers.loops import make_loop
+from helpers.loops import make_loop, saver_of, watch_steps
 from helpers.models import make_cimd, weights
 
 from guided_diffusion import checkpoint
 from guided_diffusion.system import storage
 from guided_diffusion.system.errors import InputError
+from guided_diffusion.training.resume import resume
 from guided_diffusion.training.saver import Saver
 
 
@@ -58,23 +59,21 @@ def test_what_was_copied_is_written_whatever_becomes_of_the_original(tmp_path, s
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow):
     gate, names = slow
     loop = make_loop(tmp_path, max_steps=6, save_interval=4)
-    seen, run_step = [], loop.run_step
+    seen = []
 
-    def watched(*args):
-        run_step(*args)
+    def after():
         seen.append(len(names))
         if loop.step == 6:
             gate.set()
 
-    loop.run_step = watched
-    loop.run_loop()
+    watch_steps(loop, after).run_loop()
     assert seen == [0] * 6 and checkpoint.steps_in(tmp_path) == [4, 6]
-    assert loop.saver.last == 6
+    assert saver_of(loop).last == 6
 
 
 @pytest.mark.parametrize("keep, left", [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
 def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
-    make_loop(tmp_path, max_steps=4, save_interval=1, keep_checkpoints=keep, ema_rates=("0.9", "0.99")).run_loop()
+    make_loop(tmp_path, max_steps=4, save_interval=1, keep_checkpoints=keep, ema_rate="0.9,0.99").run_loop()
     assert checkpoint.steps_in(tmp_path) == left
     assert len([path for path in tmp_path.iterdir() if path.suffix == ".pt"]) == 4 * len(left) + 1
 
@@ -109,8 +108,8 @@ def test_pruning_leaves_what_a_run_went_on_from_when_the_newest_was_damaged(tmp_
     for step in (3, 4):
         (tmp_path / checkpoint.model_name(step)).write_bytes(b"damaged")
     loop = make_loop(tmp_path, make_cimd(1), max_steps=3, keep_checkpoints=1)
-    loop.resume(tmp_path / checkpoint.model_name(2))
-    loop.saver.prune(loop.step)  # as the loop does first
+    resume(loop, tmp_path / checkpoint.model_name(2))
+    saver_of(loop).prune(loop.step)  # as the loop does first
     assert checkpoint.steps_in(tmp_path) == [2, 3, 4]
     loop.run_loop()
     assert checkpoint.steps_in(tmp_path) == [3, 4] and not checkpoint.damages(tmp_path, 3)
@@ -139,23 +138,38 @@ def test_older_checkpoints_stay_until_the_new_one_is_whole(tmp_path, monkeypatch
     assert saver.last == 3 and not saver.problem and checkpoint.steps_in(tmp_path) == [3]
 
 
+def test_weights_that_are_never_trained_stay_when_the_rest_of_their_checkpoint_fails(tmp_path, monkeypatch):
+    """The next checkpoint, which may have been asked for before that failed, does not bring them again."""
+    write = storage.write_bytes
+
+    def full(path, data):
+        if os.path.basename(path) == checkpoint.model_name(1):
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    saver = Saver(tmp_path)
+    saver.begin(1, {checkpoint.FROZEN: {"frozen": torch.ones(3)}, **files(1, 1)})
+    saver.begin(2, files(2, 2))
+    saver.wait()
+    assert checkpoint.steps_in(tmp_path) == [2] and not list(tmp_path.glob("*000001*"))
+    assert (checkpoint.load(tmp_path / checkpoint.FROZEN)["frozen"] == 1).all()
+
+
 def test_a_folder_that_comes_back_is_saved_to_at_the_next_line_of_the_log(tmp_path, capsys):
     folder, away = tmp_path / "results", tmp_path / "away"
     folder.mkdir()
     loop = make_loop(folder, max_steps=9, save_interval=4, log_interval=1)
-    run_step = loop.run_step
 
-    def watched(*args):
-        run_step(*args)
+    def after():
         if loop.step == 3:
             folder.rename(away)
         if loop.step == 6:
-            loop.saver.wait()
+            saver_of(loop).wait()
             away.rename(folder)
-        loop.saver.wait()
+        saver_of(loop).wait()
 
-    loop.run_step = watched
-    loop.run_loop()
+    watch_steps(loop, after).run_loop()
     out = capsys.readouterr().out
     assert "step 4 could not be saved" in out and "saving is tried again" in out
     assert checkpoint.steps_in(folder)[-1] == 9 and {6, 7} & set(checkpoint.steps_in(folder))
@@ -165,21 +179,19 @@ def test_training_gives_up_when_nothing_can_be_saved_for_long(tmp_path, capsys):
     folder = tmp_path / "results"
     folder.mkdir()
     loop = make_loop(folder, max_steps=100, save_interval=2, log_interval=5, save_patience=3)
-    run_step = loop.run_step
 
-    def watched(*args):
-        run_step(*args)
+    def after():
         if loop.step == 5:
-            loop.saver.wait()
+            saver_of(loop).wait()
             folder.rename(tmp_path / "away")
         time.sleep(0.01)
 
-    loop.run_step = watched
+    watch_steps(loop, after)
     with pytest.raises(InputError, match=r"could not be saved .* goes on from step 4"):
         loop.run_loop()
     assert 10 < loop.step < 20
     resumed = make_loop(tmp_path / "away", make_cimd(1))
-    resumed.resume(tmp_path / "away" / checkpoint.NEWEST)
+    resume(resumed, tmp_path / "away" / checkpoint.NEWEST)
     assert resumed.step == 4
 
 
@@ -210,4 +222,4 @@ def test_a_saved_run_holds_what_the_loop_holds(tmp_path):
     loop = make_loop(tmp_path, max_steps=2)
     loop.run_loop()
     stored = checkpoint.load(tmp_path / checkpoint.NEWEST)
-    assert all(torch.equal(value, stored[name]) for name, value in weights(loop.cimd.model).items())
+    assert all(torch.equal(value, stored[name]) for name, value in weights(loop.method.model).items())

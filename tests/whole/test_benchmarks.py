@@ -1,8 +1,9 @@
 """The benchmarks run as documented, at a small scale."""
 
+import importlib
 import json
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,29 +11,42 @@ import torch
 from helpers.files import ROOT
 
 from guided_diffusion import checkpoint, metrics, script_util
+from guided_diffusion.commands import cli
 from guided_diffusion.data import phantoms
 
 
 @pytest.fixture
-def benchmark(environment, tmp_path):
+def benchmark(environment, monkeypatch, capsys, tmp_path):
+    """benchmark("steps.py", *flags) runs a benchmark as its command line would, in this process and in tmp_path.
+
+    The runs that it starts itself are processes of their own. Returns code and out.
+    """
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
     def call(script, *flags):
-        done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *map(str, flags)], cwd=tmp_path, text=True,
-                              env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.run_script(importlib.import_module(script.removesuffix(".py")).main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        return SimpleNamespace(code=code, out=capsys.readouterr().out)
 
     return call
 
 
-def test_phantom_benchmark_reports_every_row_and_is_deterministic(benchmark, tmp_path):
+def test_phantom_benchmark_reports_every_row_and_the_same_again(benchmark, tmp_path):
     tables = []
-    for name in ("a", "b"):
-        out = benchmark("phantom.py", "--num_train", 3, "--num_cases", 2, "--num_ensemble", 2, "--max_steps", 2,
-                        "--points", 2, "--sampling_steps", "2,1", "--results_dir", name)
-        tables.append((tmp_path / name / "table.md").read_text())
-        assert tables[-1] in out
-        assert (tmp_path / name / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    assert tables[0] == tables[1]
+    for _ in range(2):  # the second one finds its model trained
+        result = benchmark("phantom.py", "--num_train", 3, "--num_cases", 2, "--num_ensemble", 2, "--max_steps", 2,
+                           "--points", 2, "--sampling_steps", "2,1", "--results_dir", "a")
+        tables.append((tmp_path / "a" / "table.md").read_text())
+        assert result.code == 0 and tables[-1] in result.out
+    assert tables[0] == tables[1] and (tmp_path / "a" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert [(row["training_steps"], row["sampling_steps"]) for row in results.values()] == [
         (1, 2), (2, 2), (2, 1), (None, None), (None, None), (None, None)]
@@ -61,15 +75,15 @@ def test_benchmark_on_real_cases_trains_samples_and_writes_a_row(benchmark, tmp_
     flags = ["--train_dir", "train", "--test_dir", "test", "--preset", "cpu-32", "--results_dir", "r", "--num_cases", 3,
              "--num_ensemble", 2, "--timestep_respacing", "trailing1", "--train_flags",
              "--max_steps 2 --num_filters 8 --visdom_port 0"]
-    out = benchmark("lidc.py", *flags)
+    result = benchmark("lidc.py", *flags)
     table = (tmp_path / "r" / "table.md").read_text()
-    assert table in out
+    assert result.code == 0 and table in result.out
     head, _, row, raters, background = [line.split("|") for line in table.splitlines() if line.startswith("|")]
     assert [word.strip() for word in head[2:4]] == ["GED_2", "HM_IoU_2"]
     assert row[1].strip() == "cpu-32, dpm++sde trailing1" and row[-2].strip() == "16" and row[-4].strip() == "1"
     scored = [line.split(",")[0] for line in (tmp_path / "r" / "scores.csv").read_text().splitlines()[1:]]
     assert scored == ["phantom-000000", "phantom-000001", "phantom-000003"]  # spread over the names
-    benchmark("lidc.py", *flags)  # trains no further, and scores the same
+    assert benchmark("lidc.py", *flags).code == 0  # trains no further, and scores the same
     again = (tmp_path / "r" / "table.md").read_text().splitlines()[4].split("|")
     assert again[:10] == row[:10] and again[-2:] == row[-2:]
 
@@ -85,16 +99,17 @@ def test_steps_are_compared_case_by_case_and_a_stopped_run_goes_on(benchmark, tm
     checkpoint.save(tmp_path / "model" / "savedmodel.pt", model.state_dict())
     flags = ["--model_path", "model/savedmodel.pt", "--data_dir", "test", "--num_cases", 3, "--num_ensemble", 4,
              "--reference", "ancestral uniform2", "--output_dir", "out"]
-    benchmark("steps.py", *flags, "--samplers", "ancestral", "--calls", "1,2")
+    assert benchmark("steps.py", *flags, "--samplers", "ancestral", "--calls", "1,2").code == 0
     before = json.loads((tmp_path / "out" / "steps.json").read_text())
-    out = benchmark("steps.py", *flags, "--samplers", "ancestral,heun", "--calls", "2,3", "--float32")
+    result = benchmark("steps.py", *flags, "--samplers", "ancestral,heun", "--calls", "2,3", "--float32")
     rows = json.loads((tmp_path / "out" / "steps.json").read_text())
     assert all(rows[name] == row for name, row in before.items())
     assert {name: row["calls"] for name, row in rows.items()} == {
         "ancestral uniform1": 1, "ancestral uniform2": 2, "ancestral float32 uniform2": 2,
         "ancestral float32 uniform3": 3, "heun float32 uniform1": 1, "heun float32 uniform2": 3}
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table in out and (tmp_path / "out" / "steps.png").read_bytes().startswith(b"\x89PNG")
+    assert result.code == 0 and table in result.out
+    assert (tmp_path / "out" / "steps.png").read_bytes().startswith(b"\x89PNG")
     header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()]
     reference = rows["ancestral uniform2"]["values"]
     for line, row in zip(lines, rows.values(), strict=True):
@@ -107,5 +122,45 @@ def test_steps_are_compared_case_by_case_and_a_stopped_run_goes_on(benchmark, tm
 
 
 def test_timing_of_scores_agrees_with_the_double_loop(benchmark):
-    assert "ratio" in benchmark("scores.py", "--cases", 3, "--loop_cases", 3, "--predictions", 7, "--raters", 3,
-                                "--size", 24)
+    result = benchmark("scores.py", "--cases", 3, "--loop_cases", 3, "--predictions", 7, "--raters", 3, "--size", 24)
+    assert result.code == 0 and "ratio" in result.out
+
+
+# ---- speed: what it measures is not tested, only that it is there ----
+
+@pytest.fixture
+def speed(benchmark, monkeypatch):
+    """speed(*flags): a small network, and every variant called but once or twice."""
+    monkeypatch.setattr(importlib.import_module("speed"), "SECONDS", 0.001)
+    return lambda *flags: benchmark("speed.py", "--image_size", 32, "--num_channels", 32, "--threads", 1, "--rounds", 1,
+                                    *flags)
+
+
+def test_every_part_is_measured_and_written(speed, tmp_path):
+    done = speed("--batch_size", "2", "--train_batch_size", "2", "--output_dir", "out")
+    assert done.code == 0
+    text = (tmp_path / "out" / "speed.md").read_text()
+    assert text.strip() in done.out and "torch" in text.splitlines()[0] and "1 CPU threads" in text.splitlines()[0]
+    assert (tmp_path / "out" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    parts = json.loads((tmp_path / "out" / "speed.json").read_text())["parts"]
+    assert list(parts) == ["ceilings", "unet", "profile", "training", "ensemble", "memory", "loader"]
+    for part, rows in parts.items():
+        assert len(rows) > 1 and (rows[0]["ratio"] == 1 or part == "profile")
+        for row in rows:
+            assert row["variant"] in text and row["ratio"] > 0 and len(row["rounds"]) == 1 and row["rounds"][0] > 0
+    for row in parts["ensemble"]:
+        assert ("EXTRAPOLATED" in row["how found"]) == ("1000 ancestral steps" in row["variant"])
+    assert parts["ensemble"][2]["ratio"] == 1  # 16 masks have a first variant of their own
+    _, *kinds = parts["profile"]
+    assert sum(row["rounds"][0] for row in kinds) == pytest.approx(parts["profile"][0]["rounds"][0])
+    for row in parts["unet"] + parts["training"]:
+        assert row["% of convolution"] > 0 and row["% of product"] > 0
+
+
+def test_parts_are_chosen_and_mistakes_refused(speed, tmp_path):
+    done = speed("--rounds", "2", "--parts", "loader", "--output_dir", "out")
+    assert done.code == 0
+    parts = json.loads((tmp_path / "out" / "speed.json").read_text())["parts"]
+    assert list(parts) == ["loader"] and [len(row["rounds"]) for row in parts["loader"]] == [2, 2, 2]
+    for flags in (["--parts", "loader,unets"], ["--rounds", "0"]):
+        assert speed(*flags).code == 2

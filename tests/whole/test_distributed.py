@@ -60,68 +60,53 @@ def watched(data):
 
 def launchers():
     launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    return {"torch.distributed.launch": [*launch, TRAIN], "mpiexec": [MPIEXEC, "-n", 2, sys.executable, TRAIN],
-            "--ngpu (torchrun)": [sys.executable, TRAIN, "--ngpu", 2]}
+    return {"launch": [*launch, TRAIN], "mpiexec": [MPIEXEC, "-n", 2, sys.executable, TRAIN],
+            "ngpu": [sys.executable, TRAIN, "--ngpu", 2]}
 
 
-@pytest.fixture
-def one_process(run, make_cases, tiny, tmp_path):
-    """The weights that one process reaches with batches of 4, and the data they come from."""
-    data = make_cases(tmp_path / "data", count=5, raters=[2, 1, 3, 2, 2])
-    result = run("segmentation_train.py", *training(data, tmp_path / "one", tiny, "--batch_size", 4,
-                                                     *watched(data)))
+def test_two_processes_train_as_one_with_twice_the_batch_under_every_launcher(processes, run, make_cases, tiny,
+                                                                              tmp_path):
+    data, expected = make_cases(tmp_path / "data", count=5, raters=[2, 1, 3, 2, 2]), tmp_path / "one"
+    result = run("segmentation_train.py", *training(data, expected, tiny, "--batch_size", 4, *watched(data)))
     assert result.code == 0, result.err
-    return data, tmp_path / "one"
+    fresh = script_util.create_model(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=1,
+                                     attention_resolutions="8", learn_sigma=True).state_dict()
+    moved = checkpoint.load(expected / "savedmodel000003.pt")
+    assert (moved["out.2.weight"] - fresh["out.2.weight"]).abs().max() > 5e-4  # 5 times what may differ below
+    for launcher, command in launchers().items():
+        result = processes(*command, *training(data, launcher, tiny, "--batch_size", 2, "--visdom_port", 0,
+                                               *watched(data)))
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("saved step 3") == 1
+        assert_as_of_one(tmp_path / launcher, expected)
 
 
-@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "mpiexec", "--ngpu (torchrun)"])
-def test_two_processes_train_as_one_with_twice_the_batch(processes, one_process, tiny, tmp_path, launcher):
-    data, expected = one_process
-    command = launchers()[launcher]
-    result = processes(*command, *training(data, "two", tiny, "--batch_size", 2, "--visdom_port", 0,
-                                           *watched(data)))
-    assert result.returncode == 0, result.err
+def assert_as_of_one(folder, expected):
+    """The results of two processes are those of one: rank 0 alone has written, and of everything the same."""
     for name in ("savedmodel000003.pt", "emasavedmodel_0.9999_000003.pt"):
-        one, two = checkpoint.load(expected / name), checkpoint.load(tmp_path / "two" / name)
+        one, two = checkpoint.load(expected / name), checkpoint.load(folder / name)
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(two[key], one[key], atol=1e-4, rtol=0)
     before = checkpoint.load(expected / "optsavedmodel000003.pt")
-    after = checkpoint.load(tmp_path / "two" / "optsavedmodel000003.pt")
+    after = checkpoint.load(folder / "optsavedmodel000003.pt")
     assert (before["step"], before["position"]) == (after["step"], after["position"]) == (3, 12)
-    # rank 0 alone speaks and writes
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in expected.iterdir()}
-    log = (tmp_path / "two" / "log.txt").read_text()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in expected.iterdir()}
+    log = (folder / "log.txt").read_text()
     assert log.count("command:") == 1 and log.count("saved step 3") == 1 and "2 process(es)" in log
-    assert result.stdout.count("saved step 3") == 1
-    rows = [[json.loads(line) for line in (folder / "progress.json").read_text().splitlines()]
-            for folder in (expected, tmp_path / "two")]
+    rows = [[json.loads(line) for line in (path / "progress.json").read_text().splitlines()]
+            for path in (expected, folder)]
     assert [row["step"] for row in rows[1]] == [1, 2, 3]
-    assert len((tmp_path / "two" / "progress.csv").read_text().splitlines()) == 4
+    assert len((folder / "progress.csv").read_text().splitlines()) == 4
     for one, two in zip(*rows):  # the validation cases are shared among the processes, too
         names = [name for name in one if name.startswith(("val_", "grad_", "param_", "loss"))]
         assert ("val_GED_16" in names) == (one["step"] > 1) and one.keys() == two.keys()
         assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=0.02)
 
 
-def test_training_moved_the_weights_that_are_compared(one_process):
-    _, folder = one_process
-    fresh = script_util.create_model(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=1,
-                                     attention_resolutions="8", learn_sigma=True).state_dict()
-    moved = checkpoint.load(folder / "savedmodel000003.pt")
-    assert (moved["out.2.weight"] - fresh["out.2.weight"]).abs().max() > 5e-4  # 5 times what may differ above
-
-
-def test_two_processes_draw_the_same_masks_as_one(processes, run, make_cases, tiny, tmp_path):
+def test_two_processes_draw_the_same_masks_as_one(processes, run, make_cases, trained, tmp_path):
     data = make_cases(tmp_path / "data", count=5)
-    generator = torch.Generator().manual_seed(0)
-    model = script_util.create_model(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=1,
-                                     attention_resolutions="8")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
-    checkpoint.save(tmp_path / "model.pt", model.state_dict())
-    flags = ["--data_dir", data, "--model_path", tmp_path / "model.pt", *tiny, "--timestep_respacing", 4,
+    flags = ["--data_dir", data, "--model_path", trained / "savedmodel.pt", "--timestep_respacing", 4,
              "--num_ensemble", 3, "--batch_size", 4, "--visdom_port", 0]
     assert run("segmentation_sample.py", *flags, "--results_dir", tmp_path / "one").code == 0
     result = processes(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SAMPLE,
@@ -145,21 +130,20 @@ import runpy, signal, sys, time
 from guided_diffusion.data import cases as data_cases
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
-if sys.argv[1] == "slow":
-    read = data_cases.SegmentationCases.compact
-    data_cases.SegmentationCases.compact = lambda self, i: (time.sleep(1), read(self, i))[1]
-del sys.argv[:2]
+read = data_cases.SegmentationCases.compact
+data_cases.SegmentationCases.compact = lambda self, i: (time.sleep(1), read(self, i))[1]
+del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("kind", ["quick", "slow"])
-def test_ctrl_c_saves_and_a_rerun_goes_on(run, make_cases, environment, tiny, tmp_path, kind):
-    """As from a terminal, all processes of the run get the signal, also while training waits for a slow disk."""
+def test_ctrl_c_while_training_waits_for_a_slow_disk_saves_and_a_rerun_goes_on(run, make_cases, environment, tiny,
+                                                                               tmp_path):
+    """As from a terminal, all processes of the run get the signal."""
     data = make_cases(tmp_path / "data")
     flags = training(data, tmp_path / "results", tiny, "--visdom_port", 0)
     flags[flags.index("--max_steps") + 1] = 0
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, kind, TRAIN, *map(str, flags)], env=environment,
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, TRAIN, *map(str, flags)], env=environment,
                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     read_until(process.stdout, "| step   ")
     time.sleep(0.5)  # the training now waits for a slow reader
@@ -204,15 +188,17 @@ def test_ranks_share_losses_stop_together_and_fail_together(environment, tmp_pat
 SPOILT = """
 import sys
 import torch
-from helpers.loops import make_loop, spoil
+from helpers.loops import bad_steps, make_loop, spoil
 from guided_diffusion import checkpoint, dist_util, logger
 
 dist_util.setup_dist()
 logger.configure(enabled=dist_util.rank() == 0)
 folder = sys.argv[1]
-loop = spoil(make_loop(folder, max_steps=4), {2} if dist_util.rank() else set(), rows=(0,))
+loop = spoil(make_loop(folder, max_steps=4, ema_rate="0.5"), {2} if dist_util.rank() else set(), rows=(0,))
 loop.run_loop()
-checkpoint.save(f"{folder}/rank{dist_util.rank()}.pt", {**loop.cimd.state_dict(), "bad": loop.bad_steps.count})
+checkpoint.save(f"{folder}/rank{dist_util.rank()}.pt", {
+    **loop.method.state_dict(), **{f"average {name}": value for name, value in loop.ema["0.5"].state_dict().items()},
+    "bad": bad_steps(loop)})
 print(loop.data.case_name(6))
 dist_util.cleanup()
 """

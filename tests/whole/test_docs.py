@@ -13,7 +13,7 @@ from helpers.files import ROOT
 from helpers.models import MODEL
 from torch.distributed.run import get_args_parser
 
-from guided_diffusion import Segmenter
+from guided_diffusion import Segmenter, __version__
 from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.commands.phantoms import create_argparser
 from guided_diffusion.flags import FLAGS
@@ -30,7 +30,9 @@ BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:python|torchrun|mpiexec|cimd-).*", re.MULTILINE)
 OURS = re.compile(rf"(?:\bscripts/)?\b({'|'.join(JOBS)})(?:\.py)? ([^#]*)")
 VARIABLES = dict(re.findall(r'^([A-Z]+_FLAGS)="(.*)"$', README, re.MULTILINE))
-COMMANDS = [(page, *found.groups()) for page, text in PAGES.items() for block in BLOCK.findall(text)
+EXTENDING = "docs/extending.md"  # whose commands test_extending.py runs, with the files that they name
+COMMANDS = [(page, *found.groups()) for page, text in PAGES.items() if page != EXTENDING
+            for block in BLOCK.findall(text)
             for line in COMMAND.findall(block.replace("\\\n", "")) if (found := OURS.search(line))]
 
 
@@ -54,7 +56,7 @@ def known_flags():
     benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
     return {"version", *flags_of(argparse.ArgumentParser()), *flags_of(create_argparser()),
             *flags_of(get_args_parser()), *(flag.name for flag in FLAGS),
-            *re.findall(r'add_argument\("--(\w+)"', benchmarks)}
+            *re.findall(r'add_argument\("--(\w+)"', benchmarks), *re.findall(r'Flag\("(\w+)"', PAGES[EXTENDING])}
 
 
 def test_readme_is_short():
@@ -114,6 +116,12 @@ def test_moved_imports_are_where_the_changelog_says():
         pkgutil.resolve_name(new)
         with pytest.raises((ImportError, AttributeError)):
             pkgutil.resolve_name(old)
+
+
+def test_changelog_and_citation_are_of_this_version():
+    assert re.search(r"^## (\S+)", PAGES["CHANGELOG.md"], re.MULTILINE)[1] == __version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == __version__
 
 
 def run_lines(code, names):

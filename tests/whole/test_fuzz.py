@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from guided_diffusion.commands.cli import JOBS, parse_flags
-from guided_diffusion.data.cases import SegmentationCases, find_cases
+from guided_diffusion.data.case_files import find_cases
+from guided_diffusion.data.cases import SegmentationCases
 from guided_diffusion.flags import FLAGS, pick
 from guided_diffusion.networks import NETWORKS
 from guided_diffusion.scoring.ensemble_folder import EnsembleFolder, read_scored_case

@@ -68,6 +68,7 @@ def test_an_installed_command_trains_in_two_processes_and_prints_one_that_sample
                                                                                  tmp_path, tiny):
     data = make_cases(tmp_path / "scans" / "training")
     make_cases(tmp_path / "scans" / "testing", count=1)
+    (tmp_path / "guided_diffusion.py").write_text("raise SystemExit('a module of the working directory')")
     environment = {"PYTHONPATH": str(installed), "PATH": os.pathsep.join([str(installed / "bin"), os.environ["PATH"]])}
     result = processes(installed / "bin" / "cimd-train", "--ngpu", 2, *training(data, "results", tiny), **environment)
     assert result.returncode == 0 and "2 process(es)" in result.stdout, result.stderr

@@ -89,7 +89,7 @@ def test_a_rank_that_dies_or_stops_ends_the_others_with_one_message(start, signa
     assert f"error: rank {victim} (process {ranks[victim].pid} on {socket.gethostname()}) {what}" in line
 
 
-@pytest.mark.parametrize("hanging", [[0], [2], [1, 2]])
+@pytest.mark.parametrize("hanging", [[0], [1, 2]])
 def test_a_rank_that_lives_but_gets_stuck_is_named_with_what_it_did(start, hanging):
     ranks = start(3, 2, *hanging)
     line, = "".join(errors(ranks)).splitlines()
@@ -333,7 +333,7 @@ def test_a_run_that_a_signal_stops_while_it_draws_ends_as_if_nothing_had_happene
         assert_same(*(checkpoint.load(folder / name) for folder in (results, straight)))
 
 
-@pytest.mark.parametrize("seconds", [1, 2.5, 4])
+@pytest.mark.parametrize("seconds", [1, 3])
 def test_ranks_whose_launcher_is_killed_before_they_have_joined_leave(background, make_cases, tiny, tmp_path, seconds):
     data, results = make_cases(tmp_path / "data"), tmp_path / "results"
     run = background(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAIN,
@@ -350,7 +350,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_ends_as_if_nothing_had_
 
     def command(results, *more):
         flags = training(data, results, tiny, "--visdom_port", 0, "--save_interval", 5, "--log_interval", 4, *more)
-        flags[flags.index("--max_steps") + 1] = 60
+        flags[flags.index("--max_steps") + 1] = 40
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
                 TRAIN, *flags]
 
@@ -362,10 +362,10 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_ends_as_if_nothing_had_
     assert run.wait(PATIENCE) == 0
     log = (tmp_path / "results" / "log.txt").read_text()
     assert log.count("command:") == 2 and re.search(r"resumed at step \d+", log)
-    for name in ("savedmodel000060.pt", "emasavedmodel_0.9999_000060.pt"):
+    for name in ("savedmodel000040.pt", "emasavedmodel_0.9999_000040.pt"):
         assert same_weights(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "results")))
     assert logged(tmp_path / "results") == logged(tmp_path / "straight")
-    assert [row["step"] for row in logged(tmp_path / "results")] == list(range(4, 61, 4))
+    assert [row["step"] for row in logged(tmp_path / "results")] == list(range(4, 41, 4))
 
 
 def rows_of(folder):
@@ -383,9 +383,12 @@ def test_a_run_goes_on_with_another_number_of_processes(processes, run, make_cas
 
     assert run("segmentation_train.py", *flags("one", 9, 4)).code == 0
     for steps, count in ((3, 2), (6, 1), (9, 2)):
-        command = [sys.executable, TRAIN, "--ngpu", 2] if count == 2 else [sys.executable, TRAIN]
-        result = processes(*command, *flags("mixed", steps, 4 // count))
-        assert result.returncode == 0, result.stderr
+        words = flags("mixed", steps, 4 // count)
+        if count == 1:
+            assert run("segmentation_train.py", *words).code == 0
+        else:
+            result = processes(sys.executable, TRAIN, "--ngpu", count, *words)
+            assert result.returncode == 0, result.stderr
     one, mixed = (checkpoint.load(tmp_path / name / "savedmodel000009.pt") for name in ("one", "mixed"))
     torch.manual_seed(5)
     fresh = script_util.create_model_and_diffusion(**MODEL, learn_sigma=True)[0].state_dict()

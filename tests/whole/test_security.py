@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.files import ROOT
-from helpers.loops import make_loop, next_floats
+from helpers.loops import callback, make_loop, next_floats
 from helpers.models import MODEL, make_cimd
 from helpers.refusals import refusal
 from hypothesis import HealthCheck, given, settings
@@ -31,6 +31,7 @@ from guided_diffusion.sampling import files
 from guided_diffusion.sampling.segmenter import Segmenter
 from guided_diffusion.scoring.ensemble_folder import EnsembleFolder
 from guided_diffusion.system.errors import InputError
+from guided_diffusion.training.resume import Checkpoints, resume
 
 
 def one_line(result):
@@ -191,12 +192,15 @@ def test_attack_at_model_path_is_refused(tmp_path, trained, run, make_cases, for
     assert not marker.exists()
 
 
+def loss_aware():
+    return make_cimd(timestep_respacing="4", schedule_sampler=LossSecondMomentResampler(4, history_per_term=1))
+
+
 @pytest.fixture(scope="module")
 def run_of_two(tmp_path_factory):
     """The results folder of a training run with two checkpoints, 1 and 2, and its files."""
     folder = tmp_path_factory.mktemp("run")
-    make_loop(folder, make_cimd(timestep_respacing="4"), max_steps=2, save_interval=1,
-              sampler=LossSecondMomentResampler(4, history_per_term=1)).run_loop()
+    make_loop(folder, loss_aware(), max_steps=2, save_interval=1).run_loop()
     for path in folder.glob("optsavedmodel*.pt"):
         rest = checkpoint.load(path)
         rest.pop("data", None)  # so that it goes on with whatever cases
@@ -425,6 +429,7 @@ from guided_diffusion import checkpoint
 from guided_diffusion.data import phantoms
 from guided_diffusion.sampling import files
 from guided_diffusion.system.errors import InputError
+from guided_diffusion.training.resume import Checkpoints, resume
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -669,18 +674,14 @@ def going_on(run_of_two, saved, tmp_path_factory):
         if path.name != "optsavedmodel000002.pt":
             (folder / path.name).symlink_to(path)
 
-    def fresh():
-        return make_loop(folder, make_cimd(timestep_respacing="4"), sampler=LossSecondMomentResampler(
-            4, history_per_term=1))
-
-    loops = [fresh()]
+    loops = [make_loop(folder, loss_aware())]
 
     def call(rest):
         path = folder / "optsavedmodel000002.pt"
         torch.save(rest, path)
-        loop = loops.pop() if loops else fresh()
+        loop = loops.pop() if loops else make_loop(folder, loss_aware())
         try:
-            loop.resume(folder / "savedmodel000002.pt")
+            resume(loop, folder / "savedmodel000002.pt")
         except InputError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             loops.append(loop)  # a resume that succeeds leaves nothing of it
@@ -691,10 +692,11 @@ def going_on(run_of_two, saved, tmp_path_factory):
                 assert moments[name].layout == torch.strided and moments[name].device == p.device
                 assert moments[name].dtype == p.dtype and moments[name].stride() == p.stride()
         before = loop.step
-        loop.run_step(*next_floats(loop.data.batches(2, start=loop.position)))
-        loop.save()
-        loop.saver.wait()
-        assert loop.step == before + 1 and not loop.saver.problem
+        loop.run_step(next_floats(loop.data.batches(2, start=loop.position)))
+        checkpoints = callback(loop, Checkpoints)
+        checkpoints.save(loop)
+        checkpoints.saver.wait()
+        assert loop.step == before + 1 and not checkpoints.saver.problem
         return True
 
     return call

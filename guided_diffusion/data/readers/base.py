@@ -46,7 +46,7 @@ def foreground(pixels: np.ndarray, path: Path) -> np.ndarray:
 
     :raises InputError: if nothing is, and yet not all of it is 0.
     """
-    mask = masks.from_pixels(pixels).any(axis=0)
+    mask = masks.of_label(pixels)
     if pixels.any() and not mask.any():
         full = scaling.full_scale(pixels.dtype)
         raise InputError(f"{path}: its brightest value is {pixels.max()} of {full}, so nothing of it is foreground"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import pictures
+from .. import masks, pictures
 from . import READERS
 from .base import Reader, Scan, foreground
 
@@ -23,5 +23,5 @@ class Pictures(Reader):
     def read_mask(self, path: Path) -> np.ndarray:
         pixels = self.read(path).pixels
         if 0 < pixels.max() <= EMPTY_JPEG_RINGING and pictures.format_of(path) == "JPEG":
-            return np.zeros(pixels.shape[1:], dtype=bool)
+            return np.zeros(pixels.shape[1:], masks.DTYPE)
         return foreground(pixels, path)
