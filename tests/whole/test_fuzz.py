@@ -152,8 +152,8 @@ def test_any_command_line_is_parsed_or_refused(job, data):
 @example(words=["--channel_mult", "1,inf"])
 @example(words=["--channel_mult", "1,1,1,1e300"])
 @example(words=["--num_filters", "1,-1"])
-@example(words=["--fp16_scale_growth", "-1"])
-@example(words=["--fp16_scale_growth", "1e9"])
+@example(words=["--use_fp16", "True", "--fp16_scale_growth", "-1"])
+@example(words=["--use_fp16", "True", "--fp16_scale_growth", "1e9"])
 @example(words=["--diffusion_steps", "99999999999"])
 def test_what_parses_builds_what_it_describes_or_is_refused(words):
     try:
