@@ -31,7 +31,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/segmentation_evaluate.py --data_dir data/testing --samples_dir $(DEMO) --fit crop
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 tests
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -77,7 +77,8 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def environment():
     """The environment for a process of its own that imports the library and tests/helpers from this checkout."""
-    env = {name: value for name, value in os.environ.items() if name not in ("OPENAI_LOGDIR", "OMP_NUM_THREADS")}
+    env = {name: value for name, value in os.environ.items() if name != "OPENAI_LOGDIR"}
+    env["OMP_NUM_THREADS"] = "1"  # as in this process
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH")]))
     return env
 

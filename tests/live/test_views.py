@@ -165,7 +165,7 @@ sys.argv = {["scripts/segmentation_train.py", "--data_dir", str(data), "--result
 runpy.run_path(sys.argv[0], run_name="__main__")
 """]
     with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(command, env={**environment, "OMP_NUM_THREADS": "1"}, cwd=ROOT, stdout=said,
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=said,
                                    stderr=said)
 
     def last_step():

@@ -1,11 +1,13 @@
 """Tables of entries, and the files of a user's that add to them."""
 
+import shutil
 import sys
 
 import pytest
-from helpers.processes import SAMPLE, TRAIN
+from helpers.models import MODEL
 from helpers.refusals import refusal, refused
 
+from guided_diffusion import checkpoint
 from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.flags import FLAGS, TABLES, load_plugins, settle
 from guided_diffusion.networks import NETWORKS
@@ -225,19 +227,12 @@ def test_broken_plugin_ends_a_command_with_one_line(own, run, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_network_of_a_plugin_is_trained_and_drawn_from_and_missed_by_name_without_it(own, processes, make_cases,
-                                                                                     tmp_path):
-    """In processes of their own, since the tables are one a process."""
-    path, data = own("mine.py", NETWORK), make_cases(tmp_path / "data")
-    result = processes(sys.executable, TRAIN, "--plugin", path, "--network", "plain", "--plain_width", 6, "--data_dir",
-                       data, "--image_size", 16, "--num_filters", "4,8", "--diffusion_steps", 30, "--max_steps", 2,
-                       "--sample_interval", 0)
-    assert result.returncode == 0, result.stderr
-    sampling = [sys.executable, SAMPLE, "--data_dir", data, "--num_ensemble", 2, "--sampler", "best"]
-    result = processes(*sampling)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-    assert "results/flags.json: network 'plain': must be one of unet, or one that --plugin FILE brings" in result.stderr
-    assert not list(tmp_path.glob("results/case*"))
-    result = processes(*sampling, "--plugin", path)
-    assert result.returncode == 0, result.stderr
-    assert len(list(tmp_path.glob("results/case?_output?.png"))) == 4
+def test_entry_of_a_plugin_that_is_not_there_is_missed_by_name(run, make_cases, trained, tmp_path):
+    """tests/whole/test_extending.py trains and draws with entries of plugins."""
+    shutil.copytree(trained, tmp_path / "model")
+    checkpoint.save_flags(tmp_path / "model", {**MODEL, "network": "plain"})
+    result = run("segmentation_sample.py", "--data_dir", make_cases(tmp_path / "data"), "--model_path",
+                 tmp_path / "model" / "savedmodel.pt", "--results_dir", tmp_path / "out")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "model/flags.json: network 'plain': must be one of unet, or one that --plugin FILE brings" in result.err
+    assert not (tmp_path / "out").exists()

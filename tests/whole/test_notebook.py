@@ -49,7 +49,6 @@ def executed(book, environment, monkeypatch, tmp_path):
         environment[name] = str(tmp_path / "jupyter")
     environment.pop("MPLBACKEND", None)
     environment.pop("DISPLAY", None)
-    environment["OMP_NUM_THREADS"] = "1"
 
     def execute(book):
         for cell in code_cells(book):

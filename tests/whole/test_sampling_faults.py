@@ -254,7 +254,7 @@ def killed_everywhere(environment, *flags):
     """Sample into folder "whole", then into 1, 6, ..., the process of folder k killed before its k-th change to any
     file, and again; returns [k, temporary files that the killed one left, exit code of the second one] for each."""
     command = [sys.executable, "-c", KILLED, SAMPLE, *flags, "--visdom_port", 0]
-    result = subprocess.run(list(map(str, command)), env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True,
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True,
                             text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return [list(map(int, line.split())) for line in result.stdout.splitlines()]
@@ -271,7 +271,7 @@ def test_killed_between_two_files_and_run_again_is_as_if_never_killed(run, flags
 def test_kill_from_outside_keeps_the_cases_that_are_complete(sample, flags, environment, tmp_path):
     steps = ["--timestep_respacing", 30]
     command = [sys.executable, SAMPLE, *flags, *steps, "--results_dir", "results", "--visdom_port", 0]
-    process = subprocess.Popen(list(map(str, command)), env={**environment, "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
+    process = subprocess.Popen(list(map(str, command)), env=environment, cwd=tmp_path,
                                stdout=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob("results/*.npz")):
         time.sleep(0.005)
