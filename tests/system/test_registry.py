@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from helpers.models import MODEL
+from helpers.processes import SAMPLE, TRAIN
 from helpers.refusals import refusal, refused
 
 from guided_diffusion import checkpoint
