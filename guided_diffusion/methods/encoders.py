@@ -59,9 +59,14 @@ FLAGS = [
 ]
 
 
+KL_WEIGHT = 0.001  # of the ambiguity loss, as published
+_DEFAULT = {flag.name: flag.default for flag in FLAGS}
+
+
 def create_encoders(
-    image_channels: int = 4, kl_weight: float = 0.001, input_channels_dist: int = 1, num_filters: str = "32,64,128,192",
-    no_convs_per_block: int = 3, latent_dim: int = 6,
+    image_channels: int = 4, kl_weight: float = KL_WEIGHT,
+    input_channels_dist: int = _DEFAULT["input_channels_dist"], num_filters: str = _DEFAULT["num_filters"],
+    no_convs_per_block: int = _DEFAULT["no_convs_per_block"], latent_dim: int = _DEFAULT["latent_dim"],
 ) -> tuple[AxisAlignedConvGaussian | None, AxisAlignedConvGaussian | None]:
     """AMN (posterior) and ACN (prior) from their flags; (None, None) if kl_weight is 0.
 

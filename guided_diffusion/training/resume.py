@@ -18,7 +18,7 @@ class Checkpoints(Callback):
     :param patience: stop when nothing could be saved for so many intervals.
     """
 
-    def __init__(self, folder: str, interval: int, keep: int = 0, patience: int = 3):
+    def __init__(self, folder: str, interval: int, keep: int, patience: int):
         self.folder, self.interval, self.patience = folder, interval, patience
         self.saver = Saver(folder, keep)
 
