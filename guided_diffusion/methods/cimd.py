@@ -28,8 +28,8 @@ from .base import Cost, Losses, Method, Row, select
 
 FLAGS = [
     *process.PROCESS_FLAGS, *process.WALK_FLAGS, *encoders.FLAGS,
-    Flag("kl_weight", float, encoders.KL_WEIGHT, "weight of KL(AMN || ACN) in the loss; 0 trains the plain diffusion ensemble,"
-         " without AMN and ACN", "encoders", least=0),
+    Flag("kl_weight", float, encoders.KL_WEIGHT, "weight of KL(AMN || ACN) in the loss; 0 trains the plain diffusion"
+         " ensemble, without AMN and ACN", "encoders", least=0),
     Flag("schedule_sampler", ("uniform", "loss-second-moment"), "uniform", "which timesteps training draws: all alike,"
          " or more of those with a large loss", "training"),
 ]
