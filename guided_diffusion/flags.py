@@ -184,9 +184,8 @@ def settle(args: SimpleNamespace, given: dict[str, Any]) -> None:
         Method.settle_flags.
     """
     METHODS[args.method].settle_flags(args, given)
-    idle = METHODS[args.method].idle_flags(args)
     values = {flag.name: flag.default for table in TABLES for flag in table.flags()}
-    for name, why in idle.items():
+    for name, why in idle_flags(args).items():
         if given.get(name, values[name]) != values[name]:
             raise InputError(f"--{name} {given[name]}: has no effect {why}; leave it away")
     for table in TABLES:
@@ -196,6 +195,12 @@ def settle(args: SimpleNamespace, given: dict[str, Any]) -> None:
             if chosen is not None and owners and chosen not in owners:
                 raise InputError(f"--{name} {given[name]}: is a flag of --{table.flag} {' and '.join(owners)}, but"
                                  f" --{table.flag} is {chosen}; leave it away, or choose another --{table.flag}")
+
+
+def idle_flags(args: SimpleNamespace) -> dict[str, str]:
+    """The flags of the chosen method and network that have no effect beside the others, each with the reason."""
+    network = getattr(NETWORKS[args.network], "idle_flags", lambda _: {})
+    return {**METHODS[args.method].idle_flags(args), **network(args)}
 
 
 # ---- stored flags ----

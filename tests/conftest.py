@@ -12,15 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import visdom_page as assets
+from helpers.files import ROOT
+from helpers.models import MODEL
 from PIL import Image
 
 from guided_diffusion import checkpoint
 from guided_diffusion.script_util import create_model_and_diffusion
-
-pytest.register_assert_rewrite("helpers")
-from helpers import visdom_page as assets  # noqa: E402
-from helpers.files import ROOT  # noqa: E402
-from helpers.models import MODEL  # noqa: E402
 
 torch.set_num_threads(1)  # threads only wait for each other in networks this small, above all on a busy machine
 

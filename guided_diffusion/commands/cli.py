@@ -154,8 +154,6 @@ def _check_ranges(job, args, given):
             "training")["fp16_scale_growth"]:
         raise InputError(f"--fp16_scale_growth {args.fp16_scale_growth}: only --use_fp16 True scales the loss; give"
                          f" that, or leave it away")
-    if given.get("num_heads", 4) != 4 and values.get("num_head_channels", -1) != -1:  # which wins over the default
-        raise InputError(f"--num_heads {args.num_heads} and --num_head_channels {args.num_head_channels}: choose one")
     if job == "sampling":
         unused = [f"--{flag.name}" for flag in FLAGS if flag.group == "scoring" and flag.name in given]
         if unused and not args.evaluate:

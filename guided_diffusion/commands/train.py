@@ -24,7 +24,7 @@ from .. import checkpoint, dist_util, logger
 from ..data.cases import SegmentationCases
 from ..data.readers.base import refuse_unused
 from ..data.stream import ShuffledCases
-from ..flags import apply_stored_flags, check_stored_flags, default, differing, stored_flags
+from ..flags import apply_stored_flags, check_stored_flags, default, differing, idle_flags, stored_flags
 from ..live.views import TrainingView
 from ..methods import METHODS
 from ..nn import compile_network
@@ -51,7 +51,7 @@ def main() -> None:
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
         check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
-        idle = METHODS[args.method].idle_flags(args)
+        idle = idle_flags(args)
         chosen = {name: value for name, value in vars(args).items() if name not in idle}
         clash = [] if args.resume_checkpoint else differing(chosen, stored, "seed", "timestep_respacing")
         if clash:

@@ -8,6 +8,8 @@ An entry is called as NETWORKS[name](flags, x_channels, out_channels) and return
 
 :raises InputError: for flags that make no network, naming them.
 
+It may have an attribute idle_flags, which takes flags and returns those without effect, as Method.idle_flags does.
+
 For methods of diffusion it is a denoiser; networks.base.Denoiser says what these answer to.
 """
 

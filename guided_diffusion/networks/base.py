@@ -1,5 +1,6 @@
 """What a diffusion method asks of its network, and the parts of a network that are never trained."""
 
+import abc
 import copy
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 Encoded = Any  # a tensor with a row a scan, or a tuple, list or dict of such
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, abc.ABC):
     """A base for denoisers; any nn.Module that is called likewise will do, such as unet.SegmentationUNet.
 
     It is called as model(x_t, timesteps, image=image), or, where one scan is drawn for many times, as
@@ -25,9 +26,9 @@ class Denoiser(nn.Module):
         of such. Here: the scan itself."""
         return image
 
+    @abc.abstractmethod
     def denoise(self, x: Tensor, timesteps: Tensor, encoded: Encoded) -> Tensor:
         """x [N, x_channels, H, W], timesteps [N], and what `encode` returned -> [N, out_channels, H, W]."""
-        raise NotImplementedError(f"{type(self).__name__} needs a method denoise(x, timesteps, encoded)")
 
     def forward(self, x: Tensor, timesteps: Tensor, image: Tensor | None = None, encoded: Encoded = None) -> Tensor:
         return self.denoise(x, timesteps, self.encode(image) if encoded is None else encoded)

@@ -69,6 +69,15 @@ def unet(flags: SimpleNamespace, x_channels: int = 1, out_channels: int = 1) -> 
         use_new_attention_order=f.use_new_attention_order)
 
 
+def _idle_flags(flags: SimpleNamespace) -> dict[str, str]:
+    if flags.num_head_channels == -1:
+        return {}
+    return dict.fromkeys(("num_heads", "num_heads_upsample"), "with --num_head_channels")
+
+
+unet.idle_flags = _idle_flags
+
+
 def _check_heads(f, attended):
     """InputError unless the attention heads divide the channels of every feature map that is attended to."""
     for width in attended:

@@ -81,7 +81,8 @@ def test_every_flag_takes_a_value_of_its_own_kind(job):
              "ema_rate": "0.5,0.9", "median_blur": 3, "microbatch": 2, "dropout": 0.5, "class_cond": False,
              "use_ddim": True, "ddim_eta": 0.5, "use_fp16": False, "sampler": "ddim"}
     # not with timestep_respacing, with num_head_channels, and without use_fp16; a plugin must be there
-    for name in ("sampling_steps", "timestep_spacing", "num_heads", "fp16_scale_growth", "plugin"):
+    for name in ("sampling_steps", "timestep_spacing", "num_heads", "num_heads_upsample", "fp16_scale_growth",
+                 "plugin"):
         flags.pop(name, None)
     for name, default in flags.items():
         if name not in other:
@@ -327,7 +328,7 @@ def test_stored_prediction_of_velocity_is_taken_over_and_no_other_may_be_given(t
     ("--kl_weight 0 --num_filters 8,16", ["--num_filters 8,16", "--kl_weight 0"]),
     ("--rescale_learned_sigmas True", ["--rescale_learned_sigmas True", "--learn_sigma True"]),
     ("--fp16_scale_growth 0.01", ["--fp16_scale_growth 0.01", "--use_fp16 True"]),
-    ("--num_heads 2 --num_head_channels 32", ["--num_heads 2", "--num_head_channels 32"]),
+    ("--num_heads 2 --num_head_channels 32", ["--num_heads 2: has no effect with --num_head_channels"]),
 ])
 def test_flag_without_effect_is_refused_and_the_message_says_beside_which(text, words):
     message = refusal(parse, TRAINING, text)

@@ -72,7 +72,7 @@ def test_several_problems_make_one_line_each(train, data, tmp_path):
     (["--class_cond", "True"], ["--class_cond"]),
     (["--predict_xstart", "True", "--prediction", "v"], ["--predict_xstart True and --prediction v: choose one"]),
     (["--rescale_learned_sigmas", "True"], ["--rescale_learned_sigmas True", "--learn_sigma True"]),
-    (["--num_head_channels", 16], ["--num_heads 1 and --num_head_channels 16: choose one"]),
+    (["--num_head_channels", 16], ["--num_heads 1: has no effect with --num_head_channels"]),
     (["--num_channels", 48], ["--num_channels 48", "multiple of 32"]),
     (["--num_heads", 3], ["--num_heads 3"]),
     (["--use_fp16", "True", "--use_bf16", "True"], ["choose one"]),
