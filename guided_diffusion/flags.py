@@ -10,7 +10,7 @@ from typing import Any
 from .data.readers import READERS
 from .gaussian_diffusion import SCHEDULES
 from .methods import METHODS
-from .metrics import SCORES
+from .metrics import PATIENT_PATTERN, SCORES
 from .networks import NETWORKS
 from .predictions import PREDICTIONS
 from .samplers import SAMPLERS
@@ -88,7 +88,7 @@ _COMMON = [
 
     Flag("ensemble_sizes", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
          "scoring"),
-    Flag("patient_pattern", str, r"\D*\d+", "regular expression for the patient in the name of a case; intervals"
+    Flag("patient_pattern", str, PATIENT_PATTERN, "regular expression for the patient in the name of a case; intervals"
          " resample patients. By default all up to the end of the first number", "scoring"),
 
     Flag("compile", bool, False, "let torch.compile fuse the U-Net's operations; meant for CUDA, as the convolutions"
@@ -163,11 +163,6 @@ def defaults(*groups: str) -> dict[str, Any]:
 def default(group: str, name: str) -> Any:
     """The default of one flag of a group."""
     return defaults(group)[name]
-
-
-def pick(args: SimpleNamespace, *groups: str) -> dict[str, Any]:
-    """The flags of these groups out of a namespace."""
-    return {name: getattr(args, name) for name in defaults(*groups)}
 
 
 def load_plugins(paths: str) -> None:

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.models import pick
 from helpers.refusals import refusal
 
 from guided_diffusion import checkpoint
 from guided_diffusion.commands import cli
 from guided_diffusion.commands.cli import parse_flags
-from guided_diffusion.flags import apply_stored_flags, pick, settle, stored_flags
+from guided_diffusion.flags import apply_stored_flags, settle, stored_flags
 from guided_diffusion.gaussian_diffusion import ModelVarType
 from guided_diffusion.methods.process import settle_sampler
 from guided_diffusion.metrics import SCORES

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from guided_diffusion.flags import defaults
 from guided_diffusion.methods.base import Cost, Losses, Method, select
 from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.networks.base import Denoiser
@@ -132,3 +133,8 @@ def assert_same(a, b):
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+def pick(args, *groups):
+    """The flags of these groups out of a namespace, as a dict."""
+    return {name: getattr(args, name) for name in defaults(*groups)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.models import pick
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 from guided_diffusion.commands.cli import JOBS, parse_flags
 from guided_diffusion.data.case_files import find_cases
 from guided_diffusion.data.cases import SegmentationCases
-from guided_diffusion.flags import FLAGS, pick
+from guided_diffusion.flags import FLAGS
 from guided_diffusion.networks import NETWORKS
 from guided_diffusion.scoring.ensemble_folder import EnsembleFolder, read_scored_case
 from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion
