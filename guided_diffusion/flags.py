@@ -69,9 +69,9 @@ _COMMON = [
 
     Flag("data_dir", str, "./data/testing", "folder with one folder a case: image_<n>.jpg, and labels if there are any",
          "sampling"),
-    Flag("model_path", str, "", "weights to sample from: savedmodel*.pt, emasavedmodel*.pt, *.safetensors, or, of those"
-         f" that come with the package, {', '.join(pretrained.PREFIX + name for name in pretrained.names())} (\"\": the newest in the results"
-         " folder)", "sampling"),
+    Flag("model_path", str, "", "weights to sample from: savedmodel*.pt, emasavedmodel*.pt, *.safetensors, or those"
+         f" that come with the package: {', '.join(f'{pretrained.PREFIX}{name}' for name in pretrained.names())}"
+         ' ("": the newest in the results folder)', "sampling"),
     Flag("num_ensemble", int, 5, "masks to draw for each case", "sampling", least=1, most=10 ** 6),
     Flag("num_samples", int, 0, "sample the first so many cases (0: all)", "sampling", least=0),
     Flag("batch_size", number_or_auto, 1, "masks drawn at once, across cases and members (auto: as many as pay and"

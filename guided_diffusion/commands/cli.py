@@ -61,12 +61,13 @@ def _boolean(text):
 
 
 def _parser(job, description):
+    words = _WORDS.get(job, ())
+    usage = " ".join(["%(prog)s", *(shown for _, shown, _ in words), "[--flag VALUE ...]"])
     parser = _Parser(program_name(), description=as_called(description), formatter_class=_HelpFormatter,
-                     allow_abbrev=False,
-                     usage=" ".join(["%(prog)s", *(shown for _, shown, _ in _WORDS.get(job, ())), "[--flag VALUE ...]"]))
+                     allow_abbrev=False, usage=usage)
     add_version(parser)
-    for name, shown, words in _WORDS.get(job, ()):
-        parser.add_argument(name, metavar=shown, help=words)
+    for name, shown, help in words:
+        parser.add_argument(name, metavar=shown, help=help)
     groups = {}
     for flag in sorted(FLAGS, key=lambda flag: [*JOBS[job], flag.group].index(flag.group)):
         if flag.group not in JOBS[job]:
@@ -137,8 +138,8 @@ def _with_preset(given: dict[str, Any], parser: argparse.ArgumentParser) -> dict
     clash = [f"--{flag.name} {given[flag.name]} (there: {preset[flag.name]})" for flag in identity_flags()
              if flag.name in preset and given.get(flag.name, preset[flag.name]) != preset[flag.name]]
     if clash:
-        raise InputError(f"--preset {given['preset']} and {', '.join(clash)}: choose one; what a preset says of the model"
-                         f" is fixed, how it is trained may be given otherwise")
+        raise InputError(f"--preset {given['preset']} and {', '.join(clash)}: choose one; only how it is trained, not"
+                         f" what the model is, may differ from a preset")
     return {**preset, **given}
 
 

@@ -30,7 +30,8 @@ def main() -> None:
     checkpoint.load_model(network, path, "checkpoint")
 
     step = checkpoint.step_of(path)
-    facts = {**({"step": str(step)} if step else {}), **facts, "method": args.method}
+    said = checkpoint.metadata_of(path) if checkpoint.is_safetensors(path) else {"step": str(step)} if step else {}
+    facts = {**said, **facts, "method": args.method}
     flags = {flag.name: getattr(args, flag.name) for flag in identity_flags() if hasattr(args, flag.name)}
     storage.make_folder(storage.folder_of(args.output), "OUT.safetensors")
     moved = checkpoint.export(args.output, network, flags, getattr(torch, args.dtype), facts)

@@ -31,6 +31,6 @@ def path_of(name_or_path: storage.AnyPath) -> str:
     path = FOLDER / f"{name}.safetensors"
     known = Path(storage.digest_path(path))
     if not known.exists() or storage.digest(path) not in known.read_text(encoding="utf-8").split():
-        raise InputError(f"{name_or_path}: {path} does not agree with the SHA-256 in {known.name} beside it; install the"
-                         f" package anew")
+        raise InputError(f"{name_or_path}: {path} does not agree with the SHA-256 in {known.name} beside it; install"
+                         f" the package anew")
     return str(path)
