@@ -17,24 +17,21 @@ import io
 import json
 import os
 import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .networks.base import frozen_state, trained_state
-from .system import storage
+from .system import storage, tensor_file
 from .system.errors import InputError
 
 FLAGS_FILE = "flags.json"
 MAX_FLAGS_BYTES = 1 << 20
-MAX_HEADER_BYTES = 1 << 24  # of a safetensors file: names, shapes and what it says of itself
 NEWEST, FROZEN = "savedmodel.pt", "frozenmodel.pt"
 
 
@@ -71,7 +68,7 @@ def load(path: storage.AnyPath, flag: str = "--model_path") -> Any:
     try:
         data = io.BytesIO(storage.read_bytes(path))
         if is_safetensors(path):
-            return _tensors(data.getvalue())
+            return tensor_file.unpack(data.getvalue())
         if zipfile.is_zipfile(data):  # as all that torch has saved since 2020: with a CRC-32 of every tensor
             with zipfile.ZipFile(data) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -262,17 +259,14 @@ def export(path: storage.AnyPath, network: nn.Module, flags: Mapping[str, Any], 
     """
     state, moved, norm = {}, 0.0, 0.0
     for name, value in network.state_dict().items():
-        state[name] = (value.to("cpu", dtype) if value.is_floating_point() else value.cpu()).contiguous().clone()
+        value = value.cpu()
+        state[name] = value.to(dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
         if not state[name].isfinite().all():
             raise InputError(f"--dtype {str(dtype).removeprefix('torch.')}: cannot hold {name}, which reaches"
                              f" {value.abs().max().item():.3g}; give another")
-        moved += (state[name].double() - value.cpu().double()).square().sum().item()
+        moved += (state[name].double() - value.double()).square().sum().item()
         norm += value.double().square().sum().item()
-    header, weights = _split(safetensors.torch.save(state))
-    said = {**(facts or {}), "format": "pt", "flags": _flags_text(flags), "sha256": hashlib.sha256(weights).hexdigest()}
-    text = json.dumps({"__metadata__": dict(sorted(said.items())), **header}).encode()
-    text += b" " * (-len(text) % 8)
-    data = struct.pack("<Q", len(text)) + text + weights
+    data = tensor_file.pack(state, {**(facts or {}), "flags": _flags_text(flags)})
     storage.write_bytes(storage.digest_path(path), f"{hashlib.sha256(data).hexdigest()}  {Path(path).name}\n".encode())
     storage.write_bytes(path, data)
     return (moved / norm) ** 0.5 if norm else 0.0
@@ -286,21 +280,6 @@ def metadata_of(path: storage.AnyPath, flag: str = "--model_path") -> dict[str, 
     if not storage.exists(path):
         raise InputError(f"{flag} {path}: no such file")
     try:
-        return _split(storage.read_bytes(path))[0].get("__metadata__", {})
-    except (OSError, ValueError, RecursionError, AttributeError, struct.error) as error:
+        return tensor_file.said_in(storage.read_bytes(path))
+    except (OSError, ValueError) as error:
         raise InputError(f"{flag} {path}: is truncated, damaged, or not safetensors ({error}); name another") from None
-
-
-def _split(data):
-    """The header of a safetensors file, a dict, and the bytes of its tensors."""
-    length, = struct.unpack("<Q", data[:8])
-    if length > MAX_HEADER_BYTES:
-        raise ValueError(f"its header is longer than {MAX_HEADER_BYTES} bytes")
-    return json.loads(data[8:8 + length]), data[8 + length:]
-
-
-def _tensors(data):
-    header, weights = _split(data)
-    if header.get("__metadata__", {}).get("sha256") not in (None, hashlib.sha256(weights).hexdigest()):
-        raise ValueError("its weights do not agree with their checksum")
-    return safetensors.torch.load(data)
