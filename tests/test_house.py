@@ -19,7 +19,7 @@ FLOORS = [
     ["presets", "pretrained"],
     ["logger"],
     ["dist_util"],
-    ["gaussian_diffusion", "losses", "metrics", "nn", "predictions", "resample", "respace", "samplers", "unet"],
+    ["energy_score", "gaussian_diffusion", "losses", "metrics", "nn", "predictions", "resample", "respace", "samplers", "unet"],
     ["data"],
     ["networks"],
     ["methods"],
