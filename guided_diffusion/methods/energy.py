@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from ..data.noise import MemberNoise, spread_noise, step_noise
 from ..data.stream import Batch
+from ..dist_util import dev
 from ..energy_score import energy_score
 from ..networks import NETWORKS
 from ..networks.base import Encoded, freeze
 from ..nn import compile_network
-from ..dist_util import dev
 from ..system.errors import InputError
 from ..system.flag import Flag
 from . import METHODS
