@@ -18,6 +18,7 @@ FLOORS = [
     ["system"],
     ["logger"],
     ["dist_util"],
+    ["pretrained"],
     ["gaussian_diffusion", "losses", "metrics", "nn", "predictions", "resample", "respace", "samplers", "unet"],
     ["data"],
     ["networks"],
