@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import dist_util
+from ..data.augment import parse_kinds
 from ..flags import FLAGS, defaults, identity_flags, load_plugins, settle
 from ..live.client import split_address
 from ..metrics import SCORES
@@ -200,6 +201,7 @@ def _check_ranges(job, args, given):
         raise InputError("--val_dir with --sample_interval 0: its cases would never be drawn")
     if "val_cases" in given and not values.get("val_dir"):
         raise InputError("--val_cases: counts cases of --val_dir; give that, too")
+    parse_kinds(values.get("augment", ""))
     if values.get("use_fp16") and values.get("use_bf16"):
         raise InputError("--use_fp16 and --use_bf16: choose one")
     if "ema_rate" in values:
