@@ -55,8 +55,9 @@ def _boolean(text):
 
 
 def _parser(job, description):
+    folders = "[FOLDER [FOLDER]] " if job == "evaluation" else ""
     parser = _Parser(program_name(), description=as_called(description), formatter_class=_HelpFormatter,
-                     allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]")
+                     allow_abbrev=False, usage=f"%(prog)s {folders}[--flag VALUE ...]")
     add_version(parser)
     groups = {}
     for flag in sorted(FLAGS, key=lambda flag: [*JOBS[job], flag.group].index(flag.group)):
@@ -76,6 +77,9 @@ def _parser(job, description):
             options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
         names = ["--local_rank", "--local-rank"] if flag.name == "local_rank" else ["--" + flag.name]
         groups[title].add_argument(*names, **options)
+    if folders:
+        parser.add_argument("folders", nargs="*", metavar="FOLDER", default=argparse.SUPPRESS,
+                            help="the --samples_dir, or two of them, to be compared")
     for old in _OLD_NAMES.get(job, ()):
         parser.add_argument("--" + old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     if "scoring" in JOBS[job]:
@@ -97,7 +101,7 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
     plugins.add_argument("--plugin", default="")
     load_plugins(plugins.parse_known_args(argv)[0].plugin)  # first, since they bring flags and choices
     parser = _parser(job, description)
-    known, unknown = parser.parse_known_args(argv)
+    known, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         word = unknown[0].split("=")[0]
         flags = [option for action in parser._actions if action.help != argparse.SUPPRESS
@@ -111,6 +115,8 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
         if old in given:
             given[new] = given.pop(old)
     args = SimpleNamespace(**{**defaults(*JOBS[job]), **given})
+    if job == "evaluation":
+        _settle_folders(args, given)
     _check_ranges(job, args, given)
     if "visdom" in JOBS[job]:
         args.visdom = _view(args, given)
@@ -180,6 +186,18 @@ def _check_ranges(job, args, given):
         rates = parse_numbers(float, args.ema_rate, "ema_rate")
         if not rates or not all(0 <= rate < 1 for rate in rates):
             raise InputError(f"--ema_rate {args.ema_rate}: every rate must be at least 0 and below 1")
+
+
+def _settle_folders(args, given):
+    """Bring the folders that were named without a flag, [] for none, into agreement with --samples_dir."""
+    args.folders = given.get("folders", [])
+    if args.folders and "samples_dir" in given:
+        raise InputError(f"--samples_dir {args.samples_dir} and {args.folders[0]}: name the folders to score or compare"
+                         f" once, as in {program_name()} A B")
+    if len(args.folders) > 2:
+        raise InputError(f"{' '.join(args.folders)}: one folder is scored, or two are compared; name no more")
+    if len(args.folders) == 1:
+        args.samples_dir, = args.folders
 
 
 def _view(args, given):
