@@ -223,7 +223,7 @@ def test_300_cases_are_sorted_searched_and_opened_by_keyboard_and_nothing_is_req
     browser.wait("!!document.querySelector('#place')?.textContent")
     browser.click("#cases tbody tr td:nth-child(4)")
     browser.wait(f"{is_open} === 6 + 3 + 16")
-    assert browser.ask(charts) == 0 and browser.ask("document.querySelectorAll('#view .numbers td').length") == 12
+    assert browser.ask(charts) == 0 and browser.ask("document.querySelectorAll('#view .numbers td').length") == 13
 
 
 def test_raters_who_agree_share_their_outline_in_the_page(browser, tmp_path):
