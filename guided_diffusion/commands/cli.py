@@ -32,7 +32,7 @@ _OLD_NAMES = {"evaluation": {"num_samples": "ensemble_sizes"}}  # still taken, b
 _GROUP_TITLES = {
     "model": "the network", "reading": "reading files", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
     "diffusion": "the diffusion process", "visdom": "the live view", "server": "the live view",
-    "scoring": "scores (when sampling: with --evaluate True)",
+    "method": "the method", "scoring": "scores (when sampling: with --evaluate True)",
 }
 
 
