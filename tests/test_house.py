@@ -18,7 +18,7 @@ FLOORS = [
     ["system"],
     ["logger"],
     ["dist_util"],
-    ["gaussian_diffusion", "losses", "metrics", "nn", "predictions", "resample", "respace", "samplers", "unet"],
+    ["energy_score", "gaussian_diffusion", "losses", "metrics", "nn", "predictions", "resample", "respace", "samplers", "unet"],
     ["data"],
     ["networks"],
     ["methods"],
