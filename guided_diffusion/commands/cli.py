@@ -33,14 +33,15 @@ JOBS = {
 }
 _WORDS = {  # what is given without the name of a flag: its own name, what --help calls it, how many, and what it is
     "evaluation": (("folders", "FOLDER", "*", "the --samples_dir, or two of them, to be compared"),),
-    "export": (("checkpoint", "CHECKPOINT", None, "savedmodel*.pt, emasavedmodel*.pt, or weights of the published code"),
+    "export": (("checkpoint", "CHECKPOINT", None, "savedmodel*.pt, emasavedmodel*.pt, or weights of the published"
+                " code"),
                ("output", "OUT.safetensors", None, "the file to write; its SHA-256 goes beside it, to OUT.sha256")),
 }
 _OLD_NAMES = {"evaluation": {"num_samples": "ensemble_sizes"}}  # still taken, but not in --help
 _GROUP_TITLES = {
     "model": "the network", "reading": "reading files", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
     "diffusion": "the diffusion process", "visdom": "the live view", "server": "the live view",
-    "scoring": "scores (when sampling: with --evaluate True)",
+    "method": "the method", "scoring": "scores (when sampling: with --evaluate True)",
 }
 
 
