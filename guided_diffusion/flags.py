@@ -64,9 +64,9 @@ _COMMON = [
          least=1),
     Flag("resume_checkpoint", str, "", 'go on from this savedmodel<step>.pt ("" or auto: from the newest whole one in'
          ' the results folder, if there is one)', "training"),
-    Flag("init", str, "", "start from these weights of the same network, such as savedmodel.pt of a run on other data;"
-         " flags of the model that are not given are taken from flags.json beside them. The same command again goes on"
-         " with the run and does not start over", "training"),
+    Flag("init", str, "", "start from these weights of the same network, such as savedmodel.pt of a run on other data,"
+         " a .safetensors file, or pretrained:NAME; flags of the model that are not given are taken from it, or from"
+         " flags.json beside it. The same command again goes on with the run and does not start over", "training"),
     Flag("deterministic", bool, False, "the same to the last bit each time, on CUDA too, which is slower there",
          "training"),
     Flag("grad_clip", float, 0.0, "the largest norm of the gradient; a longer one is shortened to it (0: any)",

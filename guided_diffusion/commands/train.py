@@ -215,9 +215,8 @@ def take_flags(args: SimpleNamespace, given: dict[str, Any], path: str) -> list[
 
     :returns: those that were given otherwise than stored, for a message.
     """
-    folder = storage.folder_of(path)
-    stored = checkpoint.load_flags(folder)
-    check_stored_flags(stored, folder)
+    stored, where = checkpoint.flags_of(path)
+    check_stored_flags(stored, where)
     fill_flags(args, given, stored)
     settle(args, given)
     return differing(given, stored)

@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 import torch
-from helpers.models import MODEL
+from helpers.models import MODEL, assert_same
+from helpers.processes import TRAIN
 from helpers.refusals import refused
 
 from guided_diffusion import checkpoint
@@ -59,8 +60,14 @@ def test_training_begins_from_an_export(train, run, trained, tmp_path):
     assert run(EXPORT, trained / "savedmodel.pt", "a.safetensors", "--dtype", "float32").code == 0
     result = train("results", "--resume_checkpoint", tmp_path / "a.safetensors", "--max_steps", 1, "--lr", 0)
     assert result.code == 0, result.err
-    before, after = (checkpoint.load(path) for path in (trained / "savedmodel.pt", tmp_path / "results/savedmodel.pt"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    result = run(TRAIN, "--init", tmp_path / "a.safetensors", "--data_dir", tmp_path / "data", "--results_dir", "tuned",
+                 "--max_steps", 1, "--lr", 0, "--num_filters", "8,16")
+    assert result.code == 0, result.err  # with the flags of the model that the file says
+    assert checkpoint.load_flags(tmp_path / "tuned").items() >= MODEL.items()
+    before, *after = (checkpoint.load(path) for path in (
+        trained / "savedmodel.pt", tmp_path / "results/savedmodel.pt", tmp_path / "tuned/savedmodel.pt"))
+    for state in after:
+        assert_same(dict(before), dict(state))
 
 
 @pytest.mark.parametrize("words, message", [
