@@ -1,7 +1,7 @@
 """The denoiser: the U-Net of guided-diffusion (Dhariwal & Nichol 2021, arXiv 2105.05233), with its parameter names."""
 
 from collections.abc import Collection, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -241,8 +241,36 @@ class UNetModel(nn.Module):
 
 
 class SegmentationUNet(UNetModel):
-    """The U-Net that sees the scan: image channels and noisy mask stacked on the channel axis (CIMD, section 3)."""
+    """The U-Net that sees the scan: image channels and noisy mask stacked on the channel axis (CIMD, section 3).
+
+    :param unshuffle: blocks of so many pixels a side become channels of one place before the first layer, and one place
+        becomes such a block behind the last (Shi et al. 2016): all layers work at a lower resolution. Then three maps
+        of the distance from the centre join the input.
+    :param in_channels, out_channels, image_size: of the whole, before and behind that.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, *,
+                 unshuffle: int = 1, **options: Any):
+        place = unshuffle ** 2
+        super().__init__(image_size // unshuffle, in_channels * place + (len(CENTRE_WIDTHS) if unshuffle > 1 else 0),
+                         model_channels, out_channels * place, **options)
+        self.unshuffle = unshuffle
 
     def forward(self, x: Tensor, timesteps: Tensor, image: Tensor, y: Tensor | None = None) -> Tensor:
         """x: [N, 1, H, W] noisy mask x_t; image: [N, C, H, W] in [0, 1]. Returns [N, out_channels, H, W]."""
-        return super().forward(torch.cat([image.to(x.dtype), x], dim=1), timesteps, y)
+        x = torch.cat([image.to(x.dtype), x], dim=1)
+        if self.unshuffle == 1:
+            return super().forward(x, timesteps, y)
+        x = F.pixel_unshuffle(x, self.unshuffle)
+        x = torch.cat([x, _centre_maps(*x.shape[2:], x).expand(len(x), -1, -1, -1)], dim=1)
+        return F.pixel_shuffle(super().forward(x, timesteps, y), self.unshuffle)
+
+
+CENTRE_WIDTHS = 0.35, 0.16, 0.7  # of bells around the centre, in halves of a side
+
+
+def _centre_maps(height, width, like):
+    """exp(-r^2 / (2 width^2)) of the distance r from the centre: [1, 3, H, W]."""
+    y, x = (torch.linspace(-1, 1, side, device=like.device, dtype=torch.float32) for side in (height, width))
+    squares = y[:, None] ** 2 + x ** 2
+    return torch.stack([torch.exp(squares / (-2 * width ** 2)) for width in CENTRE_WIDTHS])[None].to(like.dtype)

@@ -184,7 +184,7 @@ def find_run(args: SimpleNamespace, folder: str) -> tuple[str | None, dict[str, 
         raise InputError(f"--resume_checkpoint {args.resume_checkpoint}: holds weights to sample from, not all that"
                          f" going on needs; name a savedmodel<step>.pt, or start a new run with --init")
     if args.resume_checkpoint:
-        return args.resume_checkpoint, checkpoint.load_flags(storage.folder_of(args.resume_checkpoint)), []
+        return args.resume_checkpoint, checkpoint.flags_of(args.resume_checkpoint)[0], []
     steps, problems = checkpoint.steps_in(folder), []
     for step in reversed(steps):
         found = checkpoint.damages(folder, step)
@@ -215,9 +215,8 @@ def take_flags(args: SimpleNamespace, given: dict[str, Any], path: str) -> list[
 
     :returns: those that were given otherwise than stored, for a message.
     """
-    folder = storage.folder_of(path)
-    stored = checkpoint.load_flags(folder)
-    check_stored_flags(stored, folder)
+    stored, where = checkpoint.flags_of(path)
+    check_stored_flags(stored, where)
     fill_flags(args, given, stored)
     settle(args, given)
     return differing(given, stored)

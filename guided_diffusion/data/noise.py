@@ -68,3 +68,22 @@ class MemberNoise:
         """Fresh noise with the shape, dtype and device of `like`, [N, ...]."""
         rows = [generator.standard_normal(like.shape[1:], dtype=np.float32) for generator in self.generators]
         return dist_util.to_device(torch.from_numpy(np.stack(rows)), like.device).to(like.dtype)
+
+
+def spread_noise(seed: int, members: Sequence[tuple[str, int]], size: int) -> torch.Tensor:
+    """Standard normal numbers that the members of a case share out evenly: [N, size] float32, a row a member.
+
+    Member i of a case is point i of a Sobol sequence, scrambled afresh for each (seed, case), through the quantile
+    function of the normal distribution (Owen 1995). Over seeds each member alone is standard normal; the first 2^k of a
+    case are balanced over the distribution, and a longer ensemble begins with the shorter one.
+    """
+    rows = torch.empty(len(members), size, dtype=torch.float64)
+    for case in dict.fromkeys(case for case, _ in members):
+        numbers = {i: member for i, (name, member) in enumerate(members) if name == case}
+        sobol = torch.quasirandom.SobolEngine(size, scramble=True, seed=_hash(seed, case, "sobol"))
+        first = min(numbers.values())
+        sobol.fast_forward(first)
+        points = sobol.draw(max(numbers.values()) - first + 1, dtype=torch.float64)
+        rows[list(numbers)] = points[[member - first for member in numbers.values()]]
+    # points are k / 2^30: the middle of their cell is neither 0 nor 1
+    return torch.special.ndtri(rows + 2.0 ** -31).float()

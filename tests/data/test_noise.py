@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.data.noise import MemberNoise, draw_rater, seed_dropout, step_noise
+from guided_diffusion.data.noise import MemberNoise, draw_rater, seed_dropout, spread_noise, step_noise
 
 
 def test_noise_follows_from_seed_case_and_number_alone():
@@ -55,3 +55,34 @@ def test_the_randomness_of_a_step_is_that_of_earlier_versions():
     assert uniforms == [0.459646544063218, 0.8385906306895627]
     assert noise.flatten().tolist() == pytest.approx(
         [0.6585034132003784, -0.45953765511512756, -0.12392956763505936, -1.3362317085266113])
+
+
+def test_spread_members_are_points_of_one_sequence_a_case():
+    """Whatever batch a member is in, and however long the ensemble."""
+    whole = spread_noise(3, [("a", i) for i in range(16)], 5)
+    assert whole.shape == (16, 5) and whole.dtype == torch.float32
+    mixed = spread_noise(3, [("b", 2), ("a", 7), ("a", 0), ("b", 2)], 5)
+    assert torch.equal(mixed[[1, 2]], whole[[7, 0]]) and torch.equal(mixed[0], mixed[3])
+    for other in (spread_noise(4, [("a", 7)], 5), spread_noise(3, [("b", 7)], 5)):
+        assert not torch.isclose(other[0], whole[7]).any()
+
+
+def test_each_spread_member_is_normal_over_seeds():
+    for member in (0, 1, 5):
+        values = np.sort(np.concatenate([spread_noise(seed, [("a", member)], 4).numpy() for seed in range(500)]), 0)
+        assert np.isfinite(values).all()
+        uniform = normal_share(values)  # [500, 4], sorted
+        distance = np.abs(uniform - (np.arange(500)[:, None] + 0.5) / 500).max(0)
+        assert (distance < 1.9 / np.sqrt(500)).all()  # Kolmogorov-Smirnov, one in a thousand
+        assert np.abs(np.corrcoef(np.stack([spread_noise(s, [("a", member)], 4)[0] for s in range(500)]).T)
+                      - np.eye(4)).max() < 5 / np.sqrt(500)
+
+
+def test_the_first_powers_of_two_fill_all_parts_of_each_number_alike():
+    for count in (2, 4, 16, 64):
+        uniform = normal_share(spread_noise(1, [("a", i) for i in range(count)], 6).double().numpy())
+        assert (np.sort((uniform * count).astype(int), 0) == np.arange(count)[:, None]).all()
+
+
+def normal_share(values):
+    return torch.special.ndtr(torch.from_numpy(np.asarray(values, np.float64))).numpy()

@@ -1,0 +1,226 @@
+"""Training on the score itself: one pass over a scan, then one small head a mask.
+
+A network turns the scan into features. A head turns them and fresh noise into one mask: a latent z, alike over the
+whole mask, and smooth noise at a few scales. The loss is the energy score of energy_score.py, whose mean is
+GED_unbiased plus a constant, against all raters of a scan at once. Nothing is diffused.
+
+Whether an expert marks anything at all decides most of GED on LIDC-IDRI. So the head says the probability of an empty
+mask itself, and the score takes its mean over empty and not exactly.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.noise import MemberNoise, spread_noise, step_noise
+from ..data.stream import Batch
+from ..dist_util import dev
+from ..energy_score import energy_score
+from ..networks import NETWORKS
+from ..networks.base import Encoded, freeze
+from ..nn import compile_network
+from ..system.errors import InputError
+from ..system.flag import Flag
+from . import METHODS
+from .base import Cost, Losses, Method, Row, select
+
+NOISE_SPACINGS = 4, 8, 16  # pixels between the grid points of the smooth noise
+BLOCK = 2  # the head works at half resolution, and each of its places draws BLOCK x BLOCK pixels
+POOLS = 4  # weighted means over the scan
+
+FLAGS = [
+    Flag("window", int, 0, "see and draw the central so many pixels of a side only, where a scan is centred on what is"
+         " outlined: sooner; beyond it masks are empty (0: the whole scan)", "method", least=0),
+    Flag("latent_size", int, 16, "numbers of noise that shape a whole mask", "method", least=1, most=1024),
+    Flag("head_channels", int, 32, "channels of the head that draws a mask", "method", least=1, most=1024),
+    Flag("head_width", int, 256, "width of the head's fully connected layers", "method", least=1, most=65536),
+    Flag("energy_draws", int, 8, "masks drawn of each scan in a step", "training", least=1, most=1024),
+    Flag("energy_dummy", float, 2.0, "pixels of the element that all masks share in the Jaccard distance of training;"
+         " above 0, so that the gradient is finite at empty masks", "training"),
+    Flag("spread", bool, True, "spread the members of a case evenly over the distribution (Sobol points): each alone is"
+         " still an exact draw, together they show it better. False: independent draws", "sampling"),
+]
+
+
+class MaskHead(nn.Module):
+    """Features of a scan -> the probability of an empty mask, and the logits of the mask of one draw.
+
+    :param features: channels of the features, [N, features, H, W] with even H and W.
+    """
+
+    def __init__(self, features: int, channels: int = 32, latent: int = 16, width: int = 256):
+        super().__init__()
+        self.latent = latent
+        wide = features * BLOCK ** 2
+        self.attend = nn.Conv2d(wide, POOLS, 1)
+        self.summary = nn.Sequential(nn.Linear(POOLS * wide, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.empty = nn.Linear(width, 1)
+        self.features = nn.Conv2d(wide, channels, 1)
+        self.modulation = nn.Sequential(nn.Linear(latent + width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                        nn.Linear(width, 2 * channels))
+        self.noise = nn.Conv2d(len(NOISE_SPACINGS), channels, 1, bias=False)
+        self.out = nn.Conv2d(channels, BLOCK ** 2, 1)
+        nn.init.zeros_(self.empty.weight)
+        nn.init.zeros_(self.empty.bias)
+
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Once a scan: [N, features, H, W] -> features of the head [N, channels, H/2, W/2], the scan's summary
+        [N, width], and the logit of an empty mask, [N] float32."""
+        x = F.pixel_unshuffle(features, BLOCK)
+        weights = self.attend(x).flatten(2).float().softmax(-1).to(x.dtype)  # [N, POOLS, H/2 W/2]
+        summary = self.summary((weights @ x.flatten(2).transpose(1, 2)).flatten(1))
+        return self.features(x), summary, self.empty(summary).float()[:, 0]
+
+    def draw(self, features: Tensor, summary: Tensor, latent: Tensor, noise: Tensor) -> Tensor:
+        """Logits of one mask a row, [N, H, W] float32: latent [N, latent], noise [N, 3, H/2, W/2]
+        as of smooth_noise."""
+        scale, shift = self.modulation(torch.cat([latent, summary], 1))[:, :, None, None].chunk(2, 1)
+        x = features * (1 + scale) + shift + self.noise(noise)
+        return F.pixel_shuffle(self.out(F.silu(x)), BLOCK)[:, 0].float()
+
+
+class MaskGenerator(nn.Module):
+    """The network that draws: one that sees the scan alone, and the head.
+
+    :param window: the side of the central part of scans that is seen and drawn; 0: all.
+    """
+
+    def __init__(self, network: nn.Module, head: MaskHead, window: int = 0):
+        super().__init__()
+        self.network, self.head, self.window = network, head, window
+        self.frozen = tuple(f"network.{part}" for part in getattr(network, "frozen", ()))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scans [N, C, H, W] in [0, 1] -> what MaskHead.encode returns."""
+        image = self.seen(image)
+        no_mask, no_step = image[:, :0], torch.zeros(len(image), device=image.device)
+        return self.head.encode(self.network(no_mask, no_step, image=image))
+
+    def seen(self, x: Tensor) -> Tensor:
+        """The part of scans or masks [..., H, W] that is seen."""
+        top, left = ((side - self.window) // 2 if self.window else 0 for side in x.shape[-2:])
+        return x[..., top:x.shape[-2] - top, left:x.shape[-1] - left]
+
+
+def noise_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """The grids of the smooth noise of a mask, from fine to coarse."""
+    return [(math.ceil(height / spacing) + 1, math.ceil(width / spacing) + 1) for spacing in NOISE_SPACINGS]
+
+
+def smooth_noise(normal: Tensor, height: int, width: int) -> Tensor:
+    """Standard normal numbers, as many as the grids have points, [N, points] -> [N, 3, H/2, W/2]."""
+    sizes = noise_sizes(height, width)
+    grids = normal.split([math.prod(size) for size in sizes], 1)
+    return torch.cat([F.interpolate(grid.unflatten(1, (1, *size)), (height // BLOCK, width // BLOCK), mode="bicubic")
+                      for grid, size in zip(grids, sizes)], 1)
+
+
+@METHODS.add("energy", "one pass a scan, trained on the energy score: GED itself", FLAGS)
+class EnergyMethod(Method):
+    """A generator of masks trained on the energy score with the Jaccard distance.
+
+    :param draws: masks drawn of each scan in a step; dummy: see energy_score.soft_jaccard.
+    :param spread: whether the members of a case are spread evenly over the distribution, see data.noise.spread_noise.
+    """
+
+    loss_names = ["loss", "to_raters", "among_draws"]
+    cost = Cost(scan=1, mask=0)
+
+    def __init__(self, model: MaskGenerator, draws: int = 8, dummy: float = 2.0, spread: bool = True):
+        super().__init__()
+        self.model, self.draws, self.dummy = freeze(model), draws, dummy
+        self.independent = not spread
+        self.autocast: torch.dtype | None = None
+
+    @classmethod
+    def from_flags(cls, flags: SimpleNamespace, model: nn.Module | None = None, training: bool = True
+                   ) -> "EnergyMethod":
+        if (flags.image_size - flags.window) % 2 or flags.image_size % BLOCK:
+            raise InputError(f"--image_size {flags.image_size}, --window {flags.window}: --method energy needs even"
+                             f" numbers")
+        if flags.window > flags.image_size:
+            raise InputError(f"--window {flags.window}: is larger than --image_size {flags.image_size}")
+        if model is None:
+            seen = SimpleNamespace(**{**vars(flags), "image_size": flags.window or flags.image_size})
+            features = flags.head_channels * 2 // BLOCK ** 2
+            head = MaskHead(features, flags.head_channels, flags.latent_size, flags.head_width)
+            model = MaskGenerator(NETWORKS[flags.network](seen, 0, features), head, flags.window)
+        return cls(model, flags.energy_draws, flags.energy_dummy) if training else cls(model, spread=flags.spread)
+
+    @classmethod
+    def settle_flags(cls, flags: SimpleNamespace, given: dict) -> None:
+        if getattr(flags, "energy_draws", 2) < 2:
+            raise InputError("--energy_draws 1: the energy score compares the draws of a scan; give 2 or more")
+        if getattr(flags, "energy_dummy", 1) <= 0:
+            raise InputError(f"--energy_dummy {flags.energy_dummy:g}: the gradient at empty masks needs a number above"
+                             f" 0")
+
+    @classmethod
+    def quick_flags(cls, flags: SimpleNamespace) -> dict:
+        return {"spread": False}  # scores that choose a checkpoint need independent draws
+
+    # ---- training ----
+
+    def forward(self, batch: Batch) -> Losses:
+        raters = self.model.seen(batch.masks)
+        (scans, _, height, width), draws = raters.shape, self.draws
+        like = batch.image.new_empty(scans, draws, self._noise_numbers(height, width))
+        normal = step_noise(batch.seed, batch.places, like)[1]
+        features, summary, empty = self.model(batch.image)
+        logits = self.model.head.draw(*(x.repeat_interleave(draws, 0) for x in (features, summary)),
+                                      *self._noise(normal.flatten(0, 1), height, width))
+        unseen = batch.masks.sum((2, 3)) - raters.sum((2, 3))  # counts as one more pixel, which no draw fills
+        with torch.autocast(logits.device.type, enabled=False):
+            energy = energy_score(F.pad(logits.sigmoid().reshape(scans, draws, -1), (0, 1)),
+                                  torch.cat([raters.flatten(2), unseen[:, :, None]], 2),
+                                  batch.present.to(logits.device), empty.sigmoid(), self.dummy)
+        return Losses({"loss": energy.score, "to_raters": energy.to_raters, "among_draws": energy.among_draws},
+                      torch.ones_like(energy.score))
+
+    def _noise_numbers(self, height, width):
+        return self.model.head.latent + sum(map(math.prod, noise_sizes(height, width)))
+
+    def _noise(self, normal, height, width):
+        """Standard normal numbers [N, _noise_numbers] -> the latent and the smooth noise of N draws."""
+        latent = normal[:, :self.model.head.latent]
+        return latent, smooth_noise(normal[:, self.model.head.latent:], height, width)
+
+    # ---- drawing ----
+
+    def prepare(self, dtype: torch.dtype | None = None, compile: bool = False) -> "EnergyMethod":
+        self.eval()
+        self.autocast = dtype
+        self.model.to(memory_format=torch.channels_last)
+        if compile:
+            compile_network(self.model, dev())
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Encoded:
+        with self._precision(images.device):
+            return images[:, 0], *self.model(images)  # the first: how large a mask is
+
+    @torch.no_grad()
+    def draw(self, encoded: Encoded, rows: Sequence[Row], seed: int,
+             on_step: Callable[[Tensor, Tensor], None] = lambda *_: None) -> Tensor:
+        like, features, summary, empty = select(encoded, [scan for scan, _, _ in rows])
+        members = [(case, member) for _, case, member in rows]
+        height, width = (side * BLOCK for side in features.shape[2:])
+        normal = MemberNoise(seed, members)(empty.new_empty(len(rows), 1 + self._noise_numbers(height, width)))
+        if not self.independent:
+            normal[:, :1 + self.model.head.latent] = spread_noise(seed, members, 1 + self.model.head.latent)
+        with self._precision(features.device):
+            logits = self.model.head.draw(features, summary, *self._noise(normal[:, 1:], height, width))
+        nothing = torch.special.ndtr(normal[:, 0].double()) < empty.double().sigmoid()
+        samples = torch.zeros_like(like)
+        self.model.seen(samples).copy_(logits.sigmoid() * ~nothing[:, None, None])
+        on_step(samples[:, None], samples[:, None])
+        return samples.cpu()
+
+    def _precision(self, device):
+        return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()

@@ -1,0 +1,160 @@
+"""--method energy: what it learns from, what it draws, and that it is trained and drawn from as any method."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.loops import make_cases, make_loop
+from helpers.models import assert_same
+
+from guided_diffusion import checkpoint, logger
+from guided_diffusion.data.masks import to_masks
+from guided_diffusion.energy_score import energy_score
+from guided_diffusion.flags import defaults, settle
+from guided_diffusion.methods import METHODS
+from guided_diffusion.metrics import Agreement
+from guided_diffusion.sampling.ensembles import EnsembleSampler
+from guided_diffusion.script_util import create_method, drawing_flags
+from guided_diffusion.system.errors import InputError
+from guided_diffusion.training.resume import resume
+
+SMALL = dict(method="energy", image_size=16, image_channels=1, num_channels=32, channel_mult="1", num_res_blocks=1,
+             attention_resolutions="", pixel_unshuffle=2, latent_size=4, head_channels=8, head_width=16)
+
+
+def flags(**changed):
+    f = SimpleNamespace(**{**defaults("model", "diffusion", "method", "training"), **SMALL, **changed})
+    settle(f, changed)
+    return f
+
+
+def make_energy(seed=0, **changed):
+    torch.manual_seed(seed)
+    return create_method(flags(**changed))
+
+
+def drawer(method, **sampling):
+    return create_method(drawing_flags(flags(), **sampling), method.model, training=False).prepare()
+
+
+def test_the_loss_is_the_energy_score_of_its_draws_and_of_all_raters():
+    """Over and over with fresh noise, it has the mean of GED_unbiased of thresholded draws where those are binary."""
+    method = make_energy(energy_draws=3, energy_dummy=0.5)
+    loop = make_loop("unused", method, make_cases(raters=[1, 4, 2, 3, 5]))
+    batch = next(loop.data.batches(4))
+    batch = batch._replace(image=batch.image / 255.0, masks=batch.masks.float())
+    losses = method(batch)
+    assert set(losses.terms) == set(method.loss_names) and losses.terms["loss"].shape == (4,)
+    torch.testing.assert_close(losses.terms["loss"], 2 * losses.terms["to_raters"] - losses.terms["among_draws"])
+    for i in range(4):  # what an example gets does not depend on the rest of its batch
+        torch.testing.assert_close(method(batch.rows(slice(i, i + 1))).terms["loss"], losses.terms["loss"][i:i + 1])
+    again = method(batch._replace(places=[place + 5 for place in batch.places])).terms["loss"]
+    assert (again != losses.terms["loss"]).all()
+
+
+def test_it_learns_how_often_and_where_raters_mark(tmp_path):
+    """Two scans that only a number in them tells apart: one that a quarter of the raters mark, one that all do."""
+    cases = make_cases(count=2, raters=4)
+    for case, marked in zip(cases, (1, 4)):
+        case.image[:] = marked / 4
+        case.raters[:] = False
+        case.raters[:marked, 4:10, 3:9] = True
+    logger.configure(tmp_path)
+    method = make_energy()
+    make_loop(tmp_path, method, cases, lr=0.01, max_steps=150, log_interval=50).run_loop()
+    logger.close()
+    drawn = EnsembleSampler(drawer(method, spread=False), batch_size=50).ensembles(cases, 200)
+    shares = []
+    for case, samples in drawn:
+        masks = to_masks(samples)
+        shares.append(masks.any((1, 2)).mean())
+        assert (masks[masks.any((1, 2))] == case.raters[0]).mean() > 0.97
+        assert Agreement(masks, case.raters).ged_unbiased() < 0.05
+    assert abs(shares[0] - 0.25) < 0.15 and shares[1] > 0.9
+
+
+def test_it_goes_on_bit_for_bit(tmp_path):
+    def run(name, steps, seed=0, again=False):
+        (tmp_path / name).mkdir(exist_ok=True)
+        logger.configure(tmp_path / name, last_step=2 if again else 0)
+        loop = make_loop(tmp_path / name, make_energy(seed), max_steps=steps, lr=0.01, microbatch=1, ema_rate="0.5")
+        if again:
+            resume(loop, tmp_path / name / checkpoint.NEWEST)
+        loop.run_loop()
+        logger.close()
+
+    run("straight", 4)
+    run("stopped", 2)
+    run("stopped", 4, seed=1, again=True)
+    for name in [path.name for path in (tmp_path / "straight").glob("*000004.pt")]:
+        assert_same(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "stopped")))
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_a_mask_follows_from_its_scan_seed_case_and_number(spread):
+    method = drawer(make_energy(), spread=spread)
+    assert method.independent is not spread
+    method.model.head.out.weight.data *= 30  # drawn apart from each other
+    images = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    encoded = method.encode(images)
+    rows = [(scan, f"case{scan}", member) for scan in range(3) for member in range(6)]
+    drawn = method.draw(encoded, rows, seed=1)
+    some = [11, 3, 0, 17]
+    torch.testing.assert_close(method.draw(encoded, [rows[i] for i in some], seed=1), drawn[some])
+    assert (method.draw(encoded, rows, seed=2) != drawn).flatten(1).any(1).sum() > 9
+    assert len({tuple(mask.flatten().tolist()) for mask in to_masks(drawn.numpy())}) > 6
+
+
+def test_masks_are_empty_as_often_as_the_head_says_and_evenly_if_spread():
+    method = make_energy()
+    method.model.head.empty.bias.data.fill_(float(np.log(3)))  # three in four
+    method.model.head.out.bias.data.fill_(9.0)
+    for spread, apart in ((True, 0.26 / 16), (False, 5 * np.sqrt(0.75 * 0.25 / 64))):
+        sampler = EnsembleSampler(drawer(method, spread=spread), batch_size=64)
+        samples = next(sampler.ensembles(make_cases(count=1), 64))[1]
+        assert abs((to_masks(samples).any((1, 2))).mean() - 0.25) < apart
+
+
+def test_a_window_sees_and_draws_the_middle_and_counts_what_lies_outside():
+    torch.manual_seed(0)
+    method = create_method(flags(window=8))
+    method.model.head.empty.bias.data.fill_(-30.0)
+    method.model.head.out.bias.data.fill_(9.0)
+    cases = make_cases(count=2)
+    stream = make_loop("unused", method, cases).data
+    batch = next(stream.batches(2))
+    batch = batch._replace(image=batch.image / 255.0, masks=batch.masks.float())
+    changed = batch.image.clone()
+    changed[..., :4, :] = 0
+    assert torch.equal(method(batch).terms["loss"], method(batch._replace(image=changed)).terms["loss"])
+    samples = drawer(method).draw(drawer(method).encode(batch.image), [(0, "a", 0), (1, "b", 3)], 0)
+    assert samples.shape == (2, 16, 16) and samples[:, 4:12, 4:12].all()
+    assert samples.sum() == samples[:, 4:12, 4:12].sum()
+
+    inside = batch.masks[..., 4:12, 4:12].flatten(2)
+    draws = torch.rand(2, 3, 64)
+    whole = torch.nn.functional.pad(draws.unflatten(2, (8, 8)), (4, 4, 4, 4)).flatten(2)
+    unseen = batch.masks.sum((2, 3)) - inside.sum(2)
+    assert unseen.any()
+    torch.testing.assert_close(
+        energy_score(torch.nn.functional.pad(draws, (0, 1)), torch.cat([inside, unseen[..., None]], 2), batch.present),
+        energy_score(whole, batch.masks.flatten(2), batch.present))
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(energy_draws=1), ["--energy_draws 1", "2 or more"]),
+    (dict(energy_dummy=0.0), ["--energy_dummy 0", "above 0"]),
+    (dict(window=32), ["--window 32", "--image_size 16"]),
+    (dict(window=7), ["--window 7", "even"]),
+])
+def test_flags_that_make_no_such_method_are_refused(wrong, words):
+    with pytest.raises(InputError) as refused:
+        create_method(flags(**wrong))
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_it_is_a_method_of_the_table_that_draws_in_one_pass():
+    method = METHODS["energy"].from_flags(flags())
+    assert method.cost == (1, 0) and method.steps == 1 and method.advice == ""
+    assert METHODS["energy"].quick_flags(flags()) == {"spread": False}
