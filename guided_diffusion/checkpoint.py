@@ -95,9 +95,9 @@ def load_model(model: nn.Module, path: storage.AnyPath, flag: str = "--model_pat
 
     :raises InputError: if they are another architecture's, naming what differs.
     """
-    state = load(path, flag)
     if is_safetensors(path):
-        return load_state(model, state, f"{flag} {path}")
+        return load_state(model, load(path, flag), f"{flag} {path}")
+    state = load(path, flag)
     if isinstance(state, dict):
         state.pop(FACTS, None)
     load_state(model, state, f"{flag} {path}", trained_state(model))
@@ -198,7 +198,7 @@ def files_of(folder: storage.AnyPath, step: int) -> set[str]:
 
 def step_of(path: storage.AnyPath) -> int | None:
     """The step in a checkpoint's name; for savedmodel.pt, the newest beside it; for savedmodel_best.pt, that which it
-    holds; None if there is none, as of a safetensors file, which holds weights alone."""
+    holds; None if there is none, or if the file holds weights alone, as a safetensors file does."""
     match, name = re.search(r"(\d{6,})\.pt$", str(path)), os.path.basename(path)
     if match:
         return int(match[1])
