@@ -20,9 +20,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["guided_diffusion", "guided_diffusion.*"]),
-    package_data={"guided_diffusion": ["py.typed"], "guided_diffusion.draw": ["report.*"]},
+    package_data={"guided_diffusion": ["py.typed"], "guided_diffusion.draw": ["report.*"],
+                  "guided_diffusion.pretrained": ["*.safetensors", "*.sha256", "*.md"]},
     python_requires=">=3.11",
-    install_requires=["torch>=2.6", "numpy", "pillow>=10.1", "tqdm", "scipy"],
+    install_requires=["torch>=2.6", "numpy", "pillow>=10.1", "tqdm", "scipy", "safetensors"],
     extras_require={
         "plots": PLOTS,  # charts of training and scores, outlines from Python
         "visdom": VISDOM,  # the live view
@@ -33,5 +34,5 @@ setup(
         "dev": [*PLOTS, *CLOUD, *MPI, *VISDOM, *TESTS],
     },
     entry_points={"console_scripts": [f"cimd-{name} = guided_diffusion.commands.{name}:run"
-                                      for name in ("train", "sample", "evaluate", "phantoms", "replay")]},
+                                      for name in ("train", "sample", "evaluate", "phantoms", "replay", "export")]},
 )

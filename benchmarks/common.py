@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import torch
 
-from guided_diffusion import checkpoint, script_util
+from guided_diffusion import checkpoint, pretrained, script_util
 from guided_diffusion.flags import apply_stored_flags, defaults
 from guided_diffusion.sampling.ensembles import EnsembleSampler
-from guided_diffusion.system import storage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,10 +30,10 @@ def run_script(name, *flags):
 
 
 def load_sampler(model_path, respacing, seed=0, batch_size=64, sampler="ancestral", bf16=None):
-    """An EnsembleSampler of a checkpoint with flags.json beside it, walking a --timestep_respacing; in bfloat16 where
+    """An EnsembleSampler of a checkpoint whose flags are stored, walking a --timestep_respacing; in bfloat16 where
     that is fast, unless told."""
-    folder, args = storage.folder_of(model_path), SimpleNamespace(**defaults("model", "diffusion", "method"))
-    apply_stored_flags(args, {}, checkpoint.load_flags(folder), folder)
+    model_path, args = pretrained.path_of(model_path), SimpleNamespace(**defaults("model", "diffusion", "method"))
+    apply_stored_flags(args, {}, *checkpoint.flags_of(model_path))
     args.timestep_respacing = respacing
     method = script_util.create_method(script_util.drawing_flags(args, sampler=sampler), training=False)
     checkpoint.load_model(method.model, model_path)

@@ -12,20 +12,20 @@ With --table it makes one table of models that are trained already instead, see 
 """
 
 import argparse
-import itertools
 import json
+import shlex
 import sys
 import time
 
 import table
 from common import fast_bf16, load_sampler, run_script
-from presets import PRESETS
 from tqdm import tqdm
 
 from guided_diffusion import checkpoint
 from guided_diffusion.commands.cli import run_script as run_main
 from guided_diffusion.data.cases import SegmentationCases
 from guided_diffusion.data.masks import to_masks
+from guided_diffusion.presets import PRESETS
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.scoring.evaluation import BACKGROUND, RATERS, Evaluation, cell, markdown
 from guided_diffusion.script_util import BEST
@@ -59,8 +59,8 @@ def parse_args():
     parser.add_argument("--train_dir", required=True, help="cases to train on")
     parser.add_argument("--test_dir", required=True, help="cases to score on, of other patients")
     parser.add_argument("--preset", choices=PRESETS, default="cpu-32",
-                        help="recipe of benchmarks/presets.py (default %(default)s)")
-    parser.add_argument("--train_flags", default="", help="flags of segmentation_train.py that overrule the preset's")
+                        help="as for segmentation_train.py (default %(default)s)")
+    parser.add_argument("--train_flags", default="", help="further flags of segmentation_train.py")
     parser.add_argument("--num_cases", type=int, default=300,
                         help="cases to score, spread evenly over the sorted names (0: all; default %(default)s)")
     parser.add_argument("--num_ensemble", type=int, default=16, help="masks a case (default %(default)s)")
@@ -72,25 +72,22 @@ def parse_args():
     parser.add_argument("--results_dir", help="default: results/<preset>")
     args = parser.parse_args()
     args.results_dir = args.results_dir or f"results/{args.preset}"
-    args.flags = {"--data_dir": args.train_dir, "--results_dir": args.results_dir, "--seed": args.seed}
-    words = (PRESETS[args.preset].format(bf16=fast_bf16()) + " " + args.train_flags).split()
-    args.flags.update(zip(words[::2], words[1::2]))
     return args
 
 
 def train(args):
-    run_script("segmentation_train.py", *itertools.chain(*args.flags.items()))
+    run_script("segmentation_train.py", "--preset", args.preset, "--use_bf16", fast_bf16(), "--seed", args.seed,
+               "--data_dir", args.train_dir, "--results_dir", args.results_dir, *shlex.split(args.train_flags))
 
 
 def sample(args):
     """Returns the Evaluation and what it cost, a dict of words."""
     step = checkpoint.steps_in(args.results_dir)[-1]
-    rate = args.flags["--ema_rate"].split(",")[0]
+    flags = checkpoint.load_flags(args.results_dir)
+    rate = flags["ema_rate"].split(",")[0]
     sampler = load_sampler(storage.join(args.results_dir, checkpoint.ema_name(rate, step)),
                            args.timestep_respacing, args.seed, args.batch_size, args.sampler)
-    flags = json.loads(storage.read_bytes(storage.join(args.results_dir, checkpoint.FLAGS_FILE)))
-    cases = SegmentationCases(args.test_dir, flags["image_size"], flags["image_channels"],
-                              args.flags.get("--fit", "error"), progress=True)
+    cases = SegmentationCases(args.test_dir, flags["image_size"], flags["image_channels"], flags["fit"], progress=True)
     count = min(args.num_cases or len(cases), len(cases))
     chosen = [cases[i * len(cases) // count] for i in range(count)]
     evaluation = Evaluation(device=sampler.device)

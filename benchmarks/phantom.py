@@ -16,13 +16,11 @@ same seed gives the same numbers on the same machine. Writes table.md, results.j
 """
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 from common import fast_bf16, load_sampler, run_script
-from presets import PRESETS
 from tqdm import tqdm
 
 from guided_diffusion import checkpoint, metrics
@@ -90,11 +88,9 @@ def make(data_dir, count, seed):
 
 
 def train(args, data_dir):
-    words = PRESETS["cpu-32"].format(bf16=fast_bf16()).split()
-    flags = dict(zip(words[::2], words[1::2]))
-    flags |= {"--data_dir": data_dir, "--results_dir": args.results_dir, "--seed": args.seed, "--visdom_port": 0,
-              "--lr_anneal_steps": args.max_steps, "--save_interval": -(-args.max_steps // args.points)}
-    run_script("segmentation_train.py", *itertools.chain(*flags.items()))
+    run_script("segmentation_train.py", "--preset", "cpu-32", "--use_bf16", fast_bf16(), "--data_dir", data_dir,
+               "--results_dir", args.results_dir, "--seed", args.seed, "--lr_anneal_steps", args.max_steps,
+               "--save_interval", -(-args.max_steps // args.points))
 
 
 def true_distribution(case_folder):

@@ -8,8 +8,11 @@ In a results folder (a local path, or gs:// or az:// through blobfile), step in 
     savedmodel.pt                  the newest weights of the U-Net
     frozenmodel.pt                 weights that are never trained, of a network that has such
     flags.json                     the flags the run was started with
+
+A .safetensors file holds a whole network instead, and the flags that it is built from.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -17,13 +20,14 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .networks.base import frozen_state, trained_state
-from .system import storage
+from .system import storage, tensor_file
 from .system.errors import InputError
 
 FLAGS_FILE = "flags.json"
@@ -53,7 +57,7 @@ def save(path: storage.AnyPath, state: Any) -> None:
 
 
 def load(path: storage.AnyPath, flag: str = "--model_path") -> Any:
-    """Read what `save` or any torch.save wrote, onto the CPU; weights only, so no code in the file can run.
+    """Read what `save`, any torch.save or `export` wrote, onto the CPU; weights only, so no code in the file can run.
 
     :raises InputError: if the file is missing, truncated, not a checkpoint, or does not agree with its checksums.
     """
@@ -63,6 +67,8 @@ def load(path: storage.AnyPath, flag: str = "--model_path") -> Any:
         raise InputError(f"{flag} {path}: is a folder; name the .pt file in it")
     try:
         data = io.BytesIO(storage.read_bytes(path))
+        if is_safetensors(path):
+            return tensor_file.unpack(data.getvalue())
         if zipfile.is_zipfile(data):  # as all that torch has saved since 2020: with a CRC-32 of every tensor
             with zipfile.ZipFile(data) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -82,10 +88,12 @@ def load(path: storage.AnyPath, flag: str = "--model_path") -> Any:
 
 def load_model(model: nn.Module, path: storage.AnyPath, flag: str = "--model_path") -> None:
     """Load a network's weights saved here, by the published code or by openai/guided-diffusion, with strict names; and
-    those of its frozen parts, if it has any, from the folder's frozenmodel.pt.
+    those of its frozen parts, if it has any, from the folder's frozenmodel.pt. A safetensors file holds all of them.
 
     :raises InputError: if they are another architecture's, naming what differs.
     """
+    if is_safetensors(path):
+        return load_state(model, load(path, flag), f"{flag} {path}")
     load_state(model, load(path, flag), f"{flag} {path}", trained_state(model))
     if frozen := frozen_state(model):
         frozen_path = storage.join(storage.folder_of(path), FROZEN)
@@ -161,7 +169,10 @@ def files_of(folder: storage.AnyPath, step: int) -> set[str]:
 
 
 def step_of(path: storage.AnyPath) -> int | None:
-    """The step in a checkpoint's name; for savedmodel.pt, the newest beside it; None if there is none."""
+    """The step in a checkpoint's name; for savedmodel.pt, the newest beside it; None if there is none, or if it holds
+    weights alone, as a safetensors file does."""
+    if is_safetensors(path):
+        return None
     match = re.search(r"(\d{6,})\.pt$", str(path))
     if match:
         return int(match[1])
@@ -169,9 +180,10 @@ def step_of(path: storage.AnyPath) -> int | None:
     return steps[-1] if steps else None
 
 
+# ---- flags ----
+
 def save_flags(folder: storage.AnyPath, flags: Mapping[str, Any]) -> None:
-    flags = {**flags, "checksum": _checksum(flags)}
-    storage.write_bytes(storage.join(folder, FLAGS_FILE), (json.dumps(flags, indent=2) + "\n").encode())
+    storage.write_bytes(storage.join(folder, FLAGS_FILE), (_flags_text(flags, indent=2) + "\n").encode())
 
 
 def load_flags(folder: storage.AnyPath) -> dict[str, Any]:
@@ -185,8 +197,37 @@ def load_flags(folder: storage.AnyPath) -> dict[str, Any]:
     try:
         if not storage.is_remote(path) and os.path.getsize(path) > MAX_FLAGS_BYTES:
             raise ValueError(f"it is longer than {MAX_FLAGS_BYTES} bytes")
-        flags = json.loads(storage.read_bytes(path))
-    except (OSError, ValueError, RecursionError) as error:
+        text = storage.read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); repair it, or remove it and give the model flags"
+                         ) from None
+    return _parse_flags(text, path)
+
+
+def flags_of(path: storage.AnyPath) -> tuple[dict[str, Any], str]:
+    """The flags of the model whose weights these are, {} if they are not stored, and where they would be: in a
+    safetensors file itself, else in the results folder.
+
+    :raises InputError: as load_flags.
+    """
+    if is_safetensors(path) and "flags" in (said := metadata_of(path)):
+        return _parse_flags(said["flags"], path), str(path)
+    folder = storage.folder_of(path)
+    return load_flags(folder), folder
+
+
+def _flags_text(flags, indent=None):
+    return json.dumps({**flags, "checksum": _checksum(flags)}, indent=indent)
+
+
+def _checksum(flags):
+    return zlib.crc32(json.dumps(flags, sort_keys=True).encode())
+
+
+def _parse_flags(text, path):
+    try:
+        flags = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error}); repair it, or remove it and give the model flags") from None
     if not isinstance(flags, dict):
         raise InputError(f"{path}: does not hold flags; repair it, or remove it and give the model flags")
@@ -198,5 +239,47 @@ def load_flags(folder: storage.AnyPath) -> dict[str, Any]:
     return flags
 
 
-def _checksum(flags):
-    return zlib.crc32(json.dumps(flags, sort_keys=True).encode())
+# ---- safetensors ----
+
+def is_safetensors(path: storage.AnyPath) -> bool:
+    return str(path).endswith(".safetensors")
+
+
+def export(path: storage.AnyPath, network: nn.Module, flags: Mapping[str, Any], dtype: torch.dtype = torch.float16,
+           facts: Mapping[str, str] | None = None) -> float:
+    """Write all of a network, frozen parts too, and what it is, as safetensors; and its SHA-256 beside it, in a file
+    that sha256sum -c reads. The same network gives the same bytes.
+
+    :param path: of the file, <name>.safetensors; the checksum goes to <name>.sha256.
+    :param flags: those that the network is built from.
+    :param dtype: of the weights in the file; whole numbers stay as they are.
+    :param facts: what else the file says of itself, text by name.
+    :returns: how far the rounding has moved the weights, as a share of their norm.
+    :raises InputError: if a weight is beyond what this dtype can hold.
+    """
+    state, moved, norm = {}, 0.0, 0.0
+    for name, value in network.state_dict().items():
+        value = value.cpu()
+        state[name] = value.to(dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
+        if not state[name].isfinite().all():
+            raise InputError(f"--dtype {str(dtype).removeprefix('torch.')}: cannot hold {name}, which reaches"
+                             f" {value.abs().max().item():.3g}; give another")
+        moved += (state[name].double() - value.double()).square().sum().item()
+        norm += value.double().square().sum().item()
+    data = tensor_file.pack(state, {**(facts or {}), "flags": _flags_text(flags)})
+    storage.write_bytes(storage.digest_path(path), f"{hashlib.sha256(data).hexdigest()}  {Path(path).name}\n".encode())
+    storage.write_bytes(path, data)
+    return (moved / norm) ** 0.5 if norm else 0.0
+
+
+def metadata_of(path: storage.AnyPath, flag: str = "--model_path") -> dict[str, str]:
+    """What a safetensors file says of itself, text by name.
+
+    :raises InputError: if it is none.
+    """
+    if not storage.exists(path):
+        raise InputError(f"{flag} {path}: no such file")
+    try:
+        return tensor_file.said_in(storage.read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path}: is truncated, damaged, or not safetensors ({error}); name another") from None

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from . import pretrained
 from .data.readers import READERS
 from .gaussian_diffusion import SCHEDULES
 from .methods import METHODS
 from .metrics import PATIENT_PATTERN, SCORES
 from .networks import NETWORKS
 from .predictions import PREDICTIONS
+from .presets import PRESETS
 from .samplers import SAMPLERS
 from .system.errors import InputError
 from .system.flag import Flag, check_value, number_or_auto
@@ -30,6 +32,7 @@ _COMMON = [
     Flag("use_fp16", bool, False, "half precision with loss scaling, CUDA only", "model"),
     Flag("use_bf16", bool, False, "bfloat16, CUDA or CPU; needs no loss scaling", "model"),
 
+    Flag("preset", PRESETS, "", "a set of flags; of those, the ones of training may be given otherwise", "training"),
     Flag("data_dir", str, "./data/training", "folder with one folder a case: image_<n>.jpg, label0_.jpg, ...",
          "training"),
     Flag("lr", float, 1e-4, "learning rate of AdamW", "training", least=0),
@@ -66,8 +69,9 @@ _COMMON = [
 
     Flag("data_dir", str, "./data/testing", "folder with one folder a case: image_<n>.jpg, and labels if there are any",
          "sampling"),
-    Flag("model_path", str, "", 'weights to sample from: savedmodel*.pt or emasavedmodel*.pt ("": the newest in the'
-         ' results folder)', "sampling"),
+    Flag("model_path", str, "", "weights to sample from: savedmodel*.pt, emasavedmodel*.pt, *.safetensors, or those"
+         f" that come with the package: {', '.join(f'{pretrained.PREFIX}{name}' for name in pretrained.names())}"
+         ' ("": the newest in the results folder)', "sampling"),
     Flag("num_ensemble", int, 5, "masks to draw for each case", "sampling", least=1, most=10 ** 6),
     Flag("num_samples", int, 0, "sample the first so many cases (0: all)", "sampling", least=0),
     Flag("batch_size", number_or_auto, 1, "masks drawn at once, across cases and members (auto: as many as pay and"
@@ -85,6 +89,10 @@ _COMMON = [
     Flag("skip_missing", bool, False, "score the cases that have masks only, rather than refuse", "evaluation"),
     Flag("output_dir", str, "", "folder for scores.csv, .json, .png, best.png and worst.png (default: samples_dir)",
          "evaluation"),
+
+    Flag("dtype", ("float16", "bfloat16", "float32"), "float16", "of the weights in the file", "export"),
+    Flag("facts", str, "", 'what else the file says of itself, as in "data=LIDC-IDRI; licence=MIT"', "export"),
+    Flag("plugin", str, "", "Python file with the method or network, see docs/extending.md", "export"),
 
     Flag("ensemble_sizes", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
          "scoring"),
@@ -206,9 +214,10 @@ def stored_flags(args: SimpleNamespace) -> dict[str, Any]:
 
 
 def apply_stored_flags(args: SimpleNamespace, given: dict[str, Any], stored: dict[str, Any], where: str) -> None:
-    """Set those of args that the user did not give to what the run in the results folder `where` was started with.
+    """Set those of args that the user did not give to what a stored model was built with.
 
     :param stored: all its flags, of which those that say what the model is are taken.
+    :param where: the results folder, or the safetensors file, that they are from.
     :raises InputError: if a flag was given, and otherwise than stored, or if what is stored is not a flag's value.
     """
     check_stored_flags(stored, where)
@@ -222,10 +231,11 @@ def apply_stored_flags(args: SimpleNamespace, given: dict[str, Any], stored: dic
 
 
 def check_stored_flags(stored: dict[str, Any], where: str) -> None:
-    """Raise InputError unless what is stored in the results folder `where` are values that its flags can have."""
+    """Raise InputError unless what is stored in a results folder or safetensors file are values that flags can have."""
+    file = where if where.endswith(".safetensors") else f"{where}/flags.json"
     for flag in identity_flags():
         if flag.name in stored:
-            check_value(flag, stored[flag.name], f"{where}/flags.json: {flag.name}")
+            check_value(flag, stored[flag.name], f"{file}: {flag.name}")
 
 
 def differing(given: dict[str, Any], stored: dict[str, Any], *others: str) -> list[str]:

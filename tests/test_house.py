@@ -16,9 +16,11 @@ PACKAGE = "guided_diffusion"
 # from the ground up; names below the package: a room (a folder) or a module at the top
 FLOORS = [
     ["system"],
+    ["presets", "pretrained"],
     ["logger"],
     ["dist_util"],
-    ["energy_score", "gaussian_diffusion", "losses", "metrics", "nn", "predictions", "resample", "respace", "samplers", "unet"],
+    ["energy_score", "gaussian_diffusion", "losses", "metrics", "nn", "predictions", "resample", "respace", "samplers",
+     "unet"],
     ["data"],
     ["networks"],
     ["methods"],

@@ -518,3 +518,39 @@ def test_networks_of_large_maps_are_converted_to_channels_last():
         model = small_model(image_size=size, attention_resolutions=str(size // 2)).convert_for_sampling()
         weight = model.middle_block[0].in_layers[2].weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == last
+
+
+# ---- lower resolution ----
+
+def test_unshuffled_blocks_of_pixels_are_places_and_come_back_as_pixels():
+    """Beside three maps of the distance from the centre. The network's last layer is made to return the blocks of x."""
+    model = small_model(image_size=32, pixel_unshuffle=2, image_channels=1)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = expected_shapes(["conv 11 32", *DOWN[1:]], UP, outputs=4)
+    assert shapes == expected  # 4 * (1 + 1) + 3 channels, at the sides that SMALL has
+    x, t, image = inputs(side=32)
+    seen = []
+    model.out.register_forward_hook(lambda module, args, out: F.pixel_unshuffle(x, 2))
+    model.input_blocks[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        assert torch.equal(model(x, t, image=image[:, :1]), x)
+    stacked, bells = seen[0].split([8, 3], 1)
+    assert torch.equal(stacked, F.pixel_unshuffle(torch.cat([image[:, :1], x], 1), 2))
+    assert torch.equal(bells, bells.flip(2)) and torch.equal(bells, bells.transpose(2, 3))  # round and in the middle
+    assert (bells[..., 8, 8:].diff() < 0).all() and bells.max() <= 1 and bells.min() >= 0
+
+
+def test_half_the_resolution_takes_a_quarter_of_the_work():
+    flops = []
+    for block in (1, 2):
+        model = small_model(image_size=64 * block, attention_resolutions="", pixel_unshuffle=block)
+        x, t, image = inputs(n=1, side=64 * block)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x, t, image=image)
+        flops.append(counter.get_total_flops())
+    assert flops[0] < flops[1] < 1.3 * flops[0]  # four times as many pixels for about the same work
+
+
+def test_a_side_that_no_blocks_fill_is_refused():
+    with pytest.raises(InputError, match="--pixel_unshuffle 4 needs a multiple of 8"):
+        create_model(**{**SMALL, "image_size": 20, "pixel_unshuffle": 4})

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import dist_util
-from ..flags import FLAGS, defaults, load_plugins, settle
+from ..flags import FLAGS, defaults, identity_flags, load_plugins, settle
 from ..live.client import split_address
 from ..metrics import SCORES
+from ..presets import PRESETS
 from ..system import storage
 from ..system.errors import InputError
 from ..system.flag import check_value, parse_numbers
@@ -27,6 +28,13 @@ JOBS = {
                  "results", "visdom", "server"),
     "evaluation": ("evaluation", "reading", "scoring", "files and processes"),
     "replay": ("replay", "server"),
+    "export": ("export", "model", "diffusion", "method"),
+}
+_WORDS = {  # what is given without the name of a flag: its own name, how many (None: one), what --help calls it and says
+    "evaluation": (("folders", "*", "FOLDER", "the --samples_dir, or two of them, to be compared"),),
+    "export": (("checkpoint", None, "CHECKPOINT",
+                "savedmodel*.pt, emasavedmodel*.pt, or weights of the published code"),
+               ("output", None, "OUT.safetensors", "the file to write; its SHA-256 goes beside it, to OUT.sha256")),
 }
 _OLD_NAMES = {"evaluation": {"num_samples": "ensemble_sizes"}}  # still taken, but not in --help
 _GROUP_TITLES = {
@@ -55,10 +63,14 @@ def _boolean(text):
 
 
 def _parser(job, description):
-    folders = "[FOLDER [FOLDER]] " if job == "evaluation" else ""
+    words = _WORDS.get(job, ())
+    usage = " ".join(["%(prog)s", *(f"[{shown} ...]" if count else shown for _, count, shown, _ in words),
+                      "[--flag VALUE ...]"])
     parser = _Parser(program_name(), description=as_called(description), formatter_class=_HelpFormatter,
-                     allow_abbrev=False, usage=f"%(prog)s {folders}[--flag VALUE ...]")
+                     allow_abbrev=False, usage=usage)
     add_version(parser)
+    for name, count, shown, help in words:
+        parser.add_argument(name, metavar=shown, help=help, nargs=count, default=argparse.SUPPRESS)
     groups = {}
     for flag in sorted(FLAGS, key=lambda flag: [*JOBS[job], flag.group].index(flag.group)):
         if flag.group not in JOBS[job]:
@@ -77,9 +89,6 @@ def _parser(job, description):
             options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
         names = ["--local_rank", "--local-rank"] if flag.name == "local_rank" else ["--" + flag.name]
         groups[title].add_argument(*names, **options)
-    if folders:
-        parser.add_argument("folders", nargs="*", metavar="FOLDER", default=argparse.SUPPRESS,
-                            help="the --samples_dir, or two of them, to be compared")
     for old in _OLD_NAMES.get(job, ()):
         parser.add_argument("--" + old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     if "scoring" in JOBS[job]:
@@ -109,6 +118,8 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
         near = difflib.get_close_matches(word, flags, 1, 0.6)
         raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     given = vars(known)
+    if given.get("preset"):
+        given = _with_preset(given, parser)
     for old, new in _OLD_NAMES.get(job, {}).items():
         if old in given and new in given:
             raise InputError(f"--{old} is the old name of --{new}: give one of them")
@@ -121,6 +132,20 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
     if "visdom" in JOBS[job]:
         args.visdom = _view(args, given)
     return args, given
+
+
+def _with_preset(given: dict[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Flags that were given, with those of their --preset.
+
+    :raises InputError: if one that says what the model is was given otherwise than the preset has it.
+    """
+    preset = vars(parser.parse_args(PRESETS[given["preset"]].split()))
+    clash = [f"--{flag.name} {given[flag.name]} (there: {preset[flag.name]})" for flag in identity_flags()
+             if flag.name in preset and given.get(flag.name, preset[flag.name]) != preset[flag.name]]
+    if clash:
+        raise InputError(f"--preset {given['preset']} and {', '.join(clash)}: choose one; only how it is trained, not"
+                         f" what the model is, may differ from a preset")
+    return {**preset, **given}
 
 
 def start_script(job: str, description: str) -> tuple[SimpleNamespace, dict[str, Any]]:

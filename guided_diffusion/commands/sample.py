@@ -2,9 +2,9 @@
 
     python scripts/segmentation_sample.py --data_dir ./data/testing --num_ensemble 4
 
-The flags of the model are read from flags.json beside the checkpoint. Started on several GPUs, each takes its share
-of the cases. Cases that are already complete from the same model, flags and seed are skipped. Those whose files cannot
-be read are left out and named at the end, with exit code 2.
+The flags of the model are read from flags.json beside the checkpoint, or from a .safetensors file itself. Started on
+several GPUs, each takes its share of the cases. Cases that are already complete from the same model, flags and seed are
+skipped. Those whose files cannot be read are left out and named at the end, with exit code 2.
 
 With --evaluate True nothing but scores is written: those of segmentation_evaluate.py. Until then every case's masks are
 kept in a hidden file, so that a run that was stopped goes on.
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import checkpoint, dist_util, logger
+from .. import checkpoint, dist_util, logger, pretrained
 from ..data.cases import Case, SegmentationCases
 from ..data.masks import to_masks
 from ..data.readers.base import refuse_unused
@@ -86,9 +86,8 @@ def main() -> None:
 
     with dist_util.all_ranks_or_none():
         folder = results_folder(args)
-        model_path = args.model_path or storage.join(folder, checkpoint.NEWEST)
-        stored = checkpoint.load_flags(storage.folder_of(model_path))
-        apply_stored_flags(args, given, stored, storage.folder_of(model_path))
+        model_path = pretrained.path_of(args.model_path) or storage.join(folder, checkpoint.NEWEST)
+        apply_stored_flags(args, given, *checkpoint.flags_of(model_path))
         settle(args, given)
         dtype = autocast_dtype(args)
         method = create_method(args, training=False)

@@ -146,7 +146,7 @@ def find_run(args: SimpleNamespace, folder: str) -> tuple[str | None, dict[str, 
     if args.resume_checkpoint == "auto":
         args.resume_checkpoint = ""
     if args.resume_checkpoint:
-        return args.resume_checkpoint, checkpoint.load_flags(storage.folder_of(args.resume_checkpoint)), []
+        return args.resume_checkpoint, checkpoint.flags_of(args.resume_checkpoint)[0], []
     steps, problems = checkpoint.steps_in(folder), []
     for step in reversed(steps):
         found = checkpoint.damages(folder, step)

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from ..data.noise import MemberNoise, spread_noise, step_noise
 from ..data.stream import Batch
+from ..dist_util import dev
 from ..energy_score import energy_score
 from ..networks import NETWORKS
 from ..networks.base import Encoded, freeze
 from ..nn import compile_network
-from ..dist_util import dev
 from ..system.errors import InputError
 from ..system.flag import Flag
 from . import METHODS
@@ -77,7 +77,8 @@ class MaskHead(nn.Module):
         return self.features(x), summary, self.empty(summary).float()[:, 0]
 
     def draw(self, features: Tensor, summary: Tensor, latent: Tensor, noise: Tensor) -> Tensor:
-        """Logits of one mask a row, [N, H, W] float32: latent [N, latent], noise [N, 3, H/2, W/2] as of smooth_noise."""
+        """Logits of one mask a row, [N, H, W] float32: latent [N, latent], noise [N, 3, H/2, W/2]
+        as of smooth_noise."""
         scale, shift = self.modulation(torch.cat([latent, summary], 1))[:, :, None, None].chunk(2, 1)
         x = features * (1 + scale) + shift + self.noise(noise)
         return F.pixel_shuffle(self.out(F.silu(x)), BLOCK)[:, 0].float()

@@ -40,7 +40,7 @@ def unet(flags: SimpleNamespace, x_channels: int = 1, out_channels: int = 1) -> 
     :raises InputError: for flags that make no U-Net, naming them.
     """
     f = flags
-    block = getattr(f, "pixel_unshuffle", 1)
+    block = f.pixel_unshuffle
     mult = parse_numbers(float, f.channel_mult, "channel_mult") or CHANNEL_MULTS.get(f.image_size)
     if not mult:
         raise InputError(f"--image_size {f.image_size}: only {', '.join(map(str, sorted(CHANNEL_MULTS)))} have a"
@@ -66,8 +66,8 @@ def unet(flags: SimpleNamespace, x_channels: int = 1, out_channels: int = 1) -> 
     return SegmentationUNet(
         image_size=f.image_size, in_channels=f.image_channels + x_channels, model_channels=f.num_channels,
         out_channels=out_channels, num_res_blocks=f.num_res_blocks,
-        attention_resolutions=[f.image_size // block // side for side in attention], dropout=f.dropout, channel_mult=mult,
-        num_classes=NUM_CLASSES if f.class_cond else None, use_checkpoint=f.use_checkpoint, num_heads=f.num_heads,
+        attention_resolutions=[f.image_size // block // side for side in attention], dropout=f.dropout,
+        channel_mult=mult, num_classes=NUM_CLASSES if f.class_cond else None, use_checkpoint=f.use_checkpoint, num_heads=f.num_heads,
         num_head_channels=f.num_head_channels, num_heads_upsample=f.num_heads_upsample,
         unshuffle=block, use_scale_shift_norm=f.use_scale_shift_norm, resblock_updown=f.resblock_updown,
         use_new_attention_order=f.use_new_attention_order)
@@ -99,7 +99,7 @@ def create_model(
     class_cond: bool = False, use_checkpoint: bool = False, attention_resolutions: str = "16", num_heads: int = 1,
     num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
     dropout: float = 0.0, resblock_updown: bool = False, use_fp16: bool = False, use_new_attention_order: bool = False,
-    image_channels: int = 4,
+    image_channels: int = 4, pixel_unshuffle: int = 1,
 ) -> SegmentationUNet:
     """The segmentation U-Net, with the names and defaults of the published function; those of the flags differ.
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .. import checkpoint, script_util
+from .. import checkpoint, pretrained, script_util
 from ..data import masks, pictures, scaling
 from ..data.case_files import CaseContents, CaseFiles, case_name, read_case, sort_files
 from ..data.cases import Case
@@ -103,7 +103,7 @@ class Ensemble:
 class Segmenter:
     """A trained model, ready to outline scans.
 
-        segmenter = Segmenter.load("results")
+        segmenter = Segmenter.load("results")  # or Segmenter.pretrained("phantoms")
         ensemble = segmenter.sample(image, num_ensemble=16)
         ensemble.masks, ensemble.mean, ensemble.outline_at(0.5), ensemble.area_interval(0.9)
     """
@@ -115,30 +115,39 @@ class Segmenter:
     @classmethod
     def load(cls, path: storage.AnyPath, device: torch.device | str | None = None, bf16: bool = False, **flags: Any
              ) -> Self:
-        """Load savedmodel*.pt or emasavedmodel*.pt.
+        """Load savedmodel*.pt, emasavedmodel*.pt or *.safetensors.
 
-        :param path: a local path, gs:// or az://, or a results folder, whose savedmodel.pt is meant. The flags of the
-            model are read from flags.json beside it.
+        :param path: a local path, gs:// or az://, or a results folder, whose savedmodel.pt is meant, or
+            pretrained:NAME. The flags of the model are read from the safetensors file, or from flags.json beside it.
         :param device: default CUDA if there is one, else the CPU.
         :param bf16: compute in bfloat16.
-        :param flags: model and diffusion flags, needed for a checkpoint without flags.json beside it.
+        :param flags: model and diffusion flags, needed for a checkpoint that comes without them.
         :raises InputError: if the file is no checkpoint, or of another architecture than the flags describe, or the
             flags given contradict those stored.
         """
-        if os.path.isdir(path) or (storage.is_remote(path) and not str(path).endswith(".pt")):
+        path = pretrained.path_of(path)
+        if os.path.isdir(path) or (storage.is_remote(path) and not path.endswith((".pt", ".safetensors"))):
             path = storage.join(path, checkpoint.NEWEST)
-        folder = storage.folder_of(path)
         known = defaults("model", "diffusion", "method")
         if unknown := flags.keys() - known.keys():
             raise TypeError(f"unknown flags: {', '.join(sorted(unknown))}")
         args = SimpleNamespace(**{**known, **flags})
-        apply_stored_flags(args, flags, checkpoint.load_flags(folder), folder)
+        apply_stored_flags(args, flags, *checkpoint.flags_of(path))
         args.use_bf16 = args.use_bf16 or bf16
         settle(args, flags)
         model = script_util.create_method(script_util.drawing_flags(args), training=False).model
         checkpoint.load_model(model, path, "checkpoint")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, vars(args), device, script_util.autocast_dtype(args))
+
+    @classmethod
+    def pretrained(cls, name: str, device: torch.device | str | None = None, bf16: bool = False) -> Self:
+        """Load weights that come with the package; docs/weights.md says what they are.
+
+        :param device, bf16: as for `load`.
+        :raises InputError: for a name that there is not, naming those there are.
+        """
+        return cls.load(f"{pretrained.PREFIX}{name}", device, bf16)
 
     @overload
     def sample(self, image: AnyScan, num_ensemble: int = 16, steps: int | None = None, seed: int = 0,

@@ -150,3 +150,8 @@ def names_in(folder: AnyPath) -> set[str]:
 def digest(path: AnyPath) -> str:
     """SHA-256 of a file, as hex."""
     return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def digest_path(path: AnyPath) -> str:
+    """Where the SHA-256 of <name>.<suffix> lies beside it, as sha256sum writes it: <name>.sha256."""
+    return os.path.splitext(str(path))[0] + ".sha256"

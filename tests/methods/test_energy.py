@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.loops import logged, make_cases, make_loop
+from helpers.loops import make_cases, make_loop
 from helpers.models import assert_same
 
 from guided_diffusion import checkpoint, logger

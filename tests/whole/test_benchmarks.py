@@ -78,7 +78,7 @@ def test_benchmark_on_real_cases_trains_samples_and_writes_a_row(benchmark, tmp_
     phantoms.write_cases(tmp_path / "test", 5, 2, 64)
     flags = ["--train_dir", "train", "--test_dir", "test", "--preset", "cpu-32", "--results_dir", "r", "--num_cases", 3,
              "--num_ensemble", 2, "--timestep_respacing", "trailing1", "--train_flags",
-             "--max_steps 2 --num_filters 8 --visdom_port 0"]
+             "--max_steps 2"]
     result = benchmark("lidc.py", *flags)
     table = (tmp_path / "r" / "table.md").read_text()
     assert result.code == 0 and table in result.out

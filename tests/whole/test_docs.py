@@ -23,8 +23,9 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
     *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES["README.md"]
 JOBS = {"segmentation_train": "training", "segmentation_sample": "sampling", "segmentation_evaluate": "evaluation",
-        "visdom_replay": "replay", "make_phantoms": "phantoms"}
-JOBS |= {f"cimd-{name}": job for name, job in zip(("train", "sample", "evaluate", "replay", "phantoms"), JOBS.values())}
+        "visdom_replay": "replay", "make_phantoms": "phantoms", "segmentation_export": "export"}
+JOBS |= {f"cimd-{name}": job
+         for name, job in zip(("train", "sample", "evaluate", "replay", "phantoms", "export"), JOBS.values())}
 
 BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:python|torchrun|mpiexec|cimd-).*", re.MULTILINE)
@@ -133,6 +134,14 @@ def run_lines(code, names):
         else:
             exec(ast.unparse(statement), names)
     return values
+
+
+def test_the_python_of_the_readme_runs_as_it_stands_with_no_training(monkeypatch):
+    code, = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    names = {}
+    run_lines(code, names)
+    assert len(names["ensemble"]) == 16 and 0 < names["ensemble"].mean.max() <= 1
 
 
 def test_the_first_python_of_its_page_runs_as_it_stands(trained, monkeypatch, tmp_path):

@@ -50,7 +50,7 @@ def test_only_what_everything_needs_is_required_and_the_rest_are_extras(distribu
         extra = condition.split("extra ==")[-1].strip(" \"'") if "extra" in condition else ""
         name = package.strip().split("<")[0].split(">")[0]
         required.setdefault(extra, set()).add(name)
-    assert required[""] == {"torch", "numpy", "pillow", "tqdm", "scipy"}
+    assert required[""] == {"torch", "numpy", "pillow", "tqdm", "scipy", "safetensors"}
     optional = {"matplotlib", "visdom", "blobfile", "mpi4py"}
     for extra, packages in (("plots", {"matplotlib"}), ("visdom", {"visdom"}), ("cloud", {"blobfile"}),
                             ("mpi", {"mpi4py", "mpich"}), ("all", optional), ("dev", {*optional, "pytest", "ruff"})):
