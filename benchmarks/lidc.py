@@ -5,13 +5,19 @@
 The folders are in the layout that segmentation_train.py reads. Everything goes to --results_dir: the checkpoints, the
 log, the scores (scores.csv, .json, .png, report.html, best.png, worst.png) and the row (table.md). Run again, it trains
 no further and scores anew, so another --sampler needs no other training.
+
+With --table it makes one table of models that are trained already instead, see table.py:
+
+    python benchmarks/lidc.py --table --test_dir LIDC/val MODEL_PATH ...
 """
 
 import argparse
 import json
 import shlex
+import sys
 import time
 
+import table
 from common import fast_bf16, load_sampler, run_script
 from tqdm import tqdm
 
@@ -29,6 +35,8 @@ COLUMNS = ("GED", "HM_IoU", "D_max", "S_c", "D_a", "CI", "soft_Dice", "ECE")
 
 
 def main():
+    if "--table" in sys.argv:
+        return table.main()
     args = parse_args()
     train(args)
     evaluation, cost = sample(args)

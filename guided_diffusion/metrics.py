@@ -31,6 +31,8 @@ SCORES = Registry("score")  # functions of an Agreement; a score's own flags are
 PATIENT_PATTERN = r"\D*\d+"  # the patient in the name of a case: all up to the end of the first number
 SOFT_DICE_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ECE_BINS = 10
+# What these say in expectation holds for independent draws only, not for members that are spread over the distribution
+FOR_INDEPENDENT_DRAWS = ("GED_unbiased", "ECE", "diversity", "presence_Brier")
 
 Masks = np.ndarray | torch.Tensor  # bool [..., number of masks, H, W]
 Distance = Literal["IoU", "Dice"]
@@ -213,6 +215,42 @@ class Agreement:
         return _pair_mean(self.distances(kind)[2], diagonal=False)
 
 
+    @SCORES.add("presence_Brier", "squared error of the probability that an expert marks anything at all, against the"
+                " share of raters who do, less what comes from drawing few masks; 0 is best")
+    def presence_brier(self) -> torch.Tensor:
+        """Brier score of probability_of_any, (p - y)^2 - p (1 - p) / (n - 1), y the raters' share; in [-1/4, 1].
+
+        For independent draws of a model that marks anything with probability q, the expectation is (q - y)^2 for any n
+        from 2 up, since E (p - y)^2 = (q - y)^2 + q (1 - q) / n and E p (1 - p) = q (1 - q) (n - 1) / n (Ferro 2014,
+        Fair scores for ensemble forecasts). So it may be below 0 by chance. One mask alone gets no correction.
+        The raters' share is taken as it is: it is the mean Brier score over raters less y (1 - y), which no model
+        changes. Over raters drawn at random, each of whom marks anything with probability r, a perfect model scores
+        r (1 - r) / m: compare it between models on the same raters.
+        """
+        p, y = self.presence()
+        return (p - y) ** 2 - p * (1 - p) / max(self.n - 1, 1)
+
+    @SCORES.add("probability_of_any", "share of masks that mark anything; best as large as rater_probability_of_any")
+    def probability_of_any(self) -> torch.Tensor:
+        """How likely an expert marks anything at all: the share of P that is not empty, in [0, 1]."""
+        return self.presence()[0]
+
+    @SCORES.add("rater_probability_of_any", "share of raters who mark anything")
+    def rater_probability_of_any(self) -> torch.Tensor:
+        """The share of Y that is not empty, in [0, 1]."""
+        return self.presence()[1]
+
+    def presence(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The share of P and the share of Y that is not empty, each [...] in [0, 1]."""
+        marked = (self.area > 0).double()
+        return marked[..., :self.n].mean(-1), marked[..., self.n:].mean(-1)
+
+
+def score_names(independent: bool = True) -> list[str]:
+    """The names of SCORES that say something of ensembles whose members are independent draws, or are not."""
+    return [name for name in SCORES if independent or name not in FOR_INDEPENDENT_DRAWS]
+
+
 def scores(predictions: Masks, raters: Masks, options: Mapping[str, Any] = MappingProxyType({})
            ) -> dict[str, torch.Tensor]:
     """Every score of SCORES by name, each float64 of the leading shape; predictions and raters as for Agreement.
@@ -323,7 +361,37 @@ def truth_calibration(predictions: Masks, outlines: Masks, probabilities: np.nda
     return _calibration(predictions.flatten(1).sum(0), len(predictions), truth, bins)
 
 
+# ---- shapes ----
+
+def smoothness(masks: np.ndarray) -> np.ndarray:
+    """How smooth masks [..., H, W] bool are: components and perimeter of each that is not empty, float64 [k, 2].
+
+    Components are connected through edges or corners of pixels. The perimeter counts the edges of pixels between
+    foreground and background, which is outside the picture, too: a square of side a has 4a.
+    """
+    from scipy import ndimage
+
+    masks = masks.reshape(-1, *masks.shape[-2:])
+    masks = masks[masks.any((1, 2))]
+    parts = [ndimage.label(mask, np.ones((3, 3)))[1] for mask in masks]
+    framed = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
+    edges = sum(np.diff(framed, axis=axis).sum((1, 2)) for axis in (1, 2))
+    return np.stack([parts, edges], 1).astype(np.float64)
+
+
 # ---- over cases ----
+
+def presence_calibration(predicted: np.ndarray, observed: np.ndarray, members: np.ndarray, bins: int = ECE_BINS
+                         ) -> np.ndarray:
+    """Cases by the probability that an expert marks anything: a table [3, bins] of sums over the cases of each bin, of
+    1, of the masks' share and of the raters'; bins as of Agreement.calibration.
+
+    :param predicted, observed: [N], probability_of_any and rater_probability_of_any; members: [N], masks of each case.
+    """
+    votes = np.round(predicted * members).astype(int)
+    place = np.minimum(votes * bins // members, bins - 1)
+    return np.stack([np.bincount(place, weights, bins) for weights in (np.ones(len(place)), predicted, observed)])
+
 
 def bootstrap_interval(values: np.ndarray, clusters: Sequence | None = None, level: float = 0.95, resamples: int = 1000,
                        seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -95,7 +95,10 @@ def by_definition(p, y):
     s_c = sum(a and b for a, b in zip(in_p, in_y)) / sum(in_y) if any(in_y) else float(not any(in_p))
     d_max = sum(max(compare(a, b)[1] for a in p) for b in y) / len(y)
     d_a = 1 - (abs(max(v_p) - max(v_y)) + abs(min(v_p) - min(v_y))) / 2
+    any_p, any_y = (sum(mask.any() for mask in masks) / len(masks) for masks in (p, y))
     return result | {
+        "probability_of_any": any_p, "rater_probability_of_any": any_y,
+        "presence_Brier": (any_p - any_y) ** 2 - any_p * (1 - any_p) / max(len(p) - 1, 1),
         "HM_IoU": best_matching([[compare(a, b)[0] for b in y] for a in p], math.lcm(len(p), len(y))),
         "D_max": d_max, "S_c": s_c, "D_a": d_a,
         "CI": 3 * s_c * d_max * d_a / (s_c + d_max + d_a) if s_c + d_max + d_a else 0.0,
@@ -210,7 +213,8 @@ def test_scores_stay_in_their_ranges_and_a_perfect_ensemble_has_the_best(sets):
     p, y = sets
     outlines = np.unique(y, axis=0)
     truth = truth_scores(p, outlines, np.full(len(outlines), 1 / len(outlines)))
-    ranges, agreement = {"GED": (0, 2), "GED_unbiased": (-2, 2), "excess_GED": (-2, 2)}, Agreement(p, y)
+    ranges, agreement = {"GED": (0, 2), "GED_unbiased": (-2, 2), "excess_GED": (-2, 2),
+                         "presence_Brier": (-0.25, 1)}, Agreement(p, y)
     dice = {"GED": agreement.ged("Dice"), "GED_unbiased": agreement.ged("Dice", unbiased=True)}
     for name, value in [*metrics.scores(p, y).items(), *truth.items(), *dice.items()]:
         low, high = ranges.get(name, (0, 1))
@@ -260,6 +264,37 @@ def test_unbiased_ged_of_draws_from_one_distribution_is_0_in_expectation():
         (p, weight_p), (y, weight_y) = draws(n), draws(m)
         biased, unbiased = (Agreement(p[:, None], y[None]).ged(kind, flag).numpy() for flag in (False, True))
         assert weight_p @ unbiased @ weight_y == pytest.approx(0, abs=1e-12) and weight_p @ biased @ weight_y > 0.1
+
+
+def test_the_number_of_masks_does_not_matter_to_the_expected_brier_score_of_presence():
+    nothing, mask = unpack([0, 0b1011], 2, 2)
+    for chance, raters in itertools.product((0, 0.3, 0.9), ([nothing] * 4, [mask, nothing, nothing], [mask])):
+        share = sum(rater.any() for rater in raters) / len(raters)
+        for n in (2, 3, 7):  # every set of draws, by how many mark anything
+            expectation = sum(math.comb(n, k) * chance ** k * (1 - chance) ** (n - k) * Agreement(
+                np.stack([mask] * k + [nothing] * (n - k)), np.stack(raters)).presence_brier().item()
+                              for k in range(n + 1))
+            assert expectation == pytest.approx((chance - share) ** 2, abs=1e-12)
+    # over raters, too: what a perfect model scores against m of them
+    chance, m, n = 0.3, 3, 4
+    sets = np.array(list(itertools.product((False, True), repeat=m + n)))[..., None, None]
+    weight = np.where(sets, chance, 1 - chance).prod((1, 2, 3))
+    score = Agreement(sets[:, :n], sets[:, n:]).presence_brier().numpy()
+    assert weight @ score == pytest.approx(chance * (1 - chance) / m, abs=1e-12)
+
+
+def test_smoothness_counts_components_and_edges_of_masks_that_are_not_empty():
+    square, cross, full, speck = (np.zeros((5, 6), bool) for _ in range(4))
+    square[1:3, 1:3] = True  # 2 x 2, and a pixel that touches its corner
+    square[3, 3] = True
+    cross[[0, 4], [0, 5]] = cross[2, 2:4] = True  # two corners of the picture and a bar
+    full[:] = True
+    speck[2, 2] = True
+    masks = np.stack([square, np.zeros_like(square), cross, full, speck])
+    expected = [[1, 12], [3, 4 + 4 + 6], [1, 22], [1, 4]]
+    assert metrics.smoothness(masks).tolist() == expected
+    assert metrics.smoothness(masks.reshape(1, 5, 5, 6)[:, ::-1]).tolist() == expected[::-1]
+    assert metrics.smoothness(masks[1:2]).shape == (0, 2)
 
 
 def test_excess_ged_is_0_in_expectation_for_draws_from_the_truth_and_above_for_others():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import dist_util
+from ..data.augment import parse_kinds
 from ..flags import FLAGS, defaults, identity_flags, load_plugins, settle
 from ..live.client import split_address
 from ..metrics import SCORES
@@ -30,9 +31,11 @@ JOBS = {
     "replay": ("replay", "server"),
     "export": ("export", "model", "diffusion", "method"),
 }
-_WORDS = {  # what is given without the name of a flag: its own name, what --help calls it and says of it
-    "export": (("checkpoint", "CHECKPOINT", "savedmodel*.pt, emasavedmodel*.pt, or weights of the published code"),
-               ("output", "OUT.safetensors", "the file to write; its SHA-256 goes beside it, to OUT.sha256")),
+_WORDS = {  # what is given without the name of a flag: its own name, what --help calls it, how many, and what it is
+    "evaluation": (("folders", "FOLDER", "*", "the --samples_dir, or two of them, to be compared"),),
+    "export": (("checkpoint", "CHECKPOINT", None, "savedmodel*.pt, emasavedmodel*.pt, or weights of the published"
+                " code"),
+               ("output", "OUT.safetensors", None, "the file to write; its SHA-256 goes beside it, to OUT.sha256")),
 }
 _OLD_NAMES = {"evaluation": {"num_samples": "ensemble_sizes"}}  # still taken, but not in --help
 _GROUP_TITLES = {
@@ -61,13 +64,14 @@ def _boolean(text):
 
 
 def _parser(job, description):
-    words = _WORDS.get(job, ())
-    usage = " ".join(["%(prog)s", *(shown for _, shown, _ in words), "[--flag VALUE ...]"])
+    named = _WORDS.get(job, ())
+    usage = " ".join(["%(prog)s", *(f"[{shown} [{shown}]]" if nargs else shown for _, shown, nargs, _ in named),
+                      "[--flag VALUE ...]"])
     parser = _Parser(program_name(), description=as_called(description), formatter_class=_HelpFormatter,
                      allow_abbrev=False, usage=usage)
     add_version(parser)
-    for name, shown, help in words:
-        parser.add_argument(name, metavar=shown, help=help)
+    for name, shown, nargs, help in named:
+        parser.add_argument(name, metavar=shown, nargs=nargs, help=help, default=argparse.SUPPRESS)
     groups = {}
     for flag in sorted(FLAGS, key=lambda flag: [*JOBS[job], flag.group].index(flag.group)):
         if flag.group not in JOBS[job]:
@@ -107,7 +111,7 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
     plugins.add_argument("--plugin", default="")
     load_plugins(plugins.parse_known_args(argv)[0].plugin)  # first, since they bring flags and choices
     parser = _parser(job, description)
-    known, unknown = parser.parse_known_args(argv)
+    known, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         word = unknown[0].split("=")[0]
         flags = [option for action in parser._actions if action.help != argparse.SUPPRESS
@@ -123,6 +127,8 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
         if old in given:
             given[new] = given.pop(old)
     args = SimpleNamespace(**{**defaults(*JOBS[job]), **given})
+    if job == "evaluation":
+        _settle_folders(args, given)
     _check_ranges(job, args, given)
     if "visdom" in JOBS[job]:
         args.visdom = _view(args, given)
@@ -200,12 +206,25 @@ def _check_ranges(job, args, given):
         raise InputError("--val_dir with --sample_interval 0: its cases would never be drawn")
     if "val_cases" in given and not values.get("val_dir"):
         raise InputError("--val_cases: counts cases of --val_dir; give that, too")
+    parse_kinds(values.get("augment", ""))
     if values.get("use_fp16") and values.get("use_bf16"):
         raise InputError("--use_fp16 and --use_bf16: choose one")
     if "ema_rate" in values:
         rates = parse_numbers(float, args.ema_rate, "ema_rate")
         if not rates or not all(0 <= rate < 1 for rate in rates):
             raise InputError(f"--ema_rate {args.ema_rate}: every rate must be at least 0 and below 1")
+
+
+def _settle_folders(args, given):
+    """Bring the folders that were named without a flag, [] for none, into agreement with --samples_dir."""
+    args.folders = given.get("folders", [])
+    if args.folders and "samples_dir" in given:
+        raise InputError(f"--samples_dir {args.samples_dir} and {args.folders[0]}: name the folders to score or compare"
+                         f" once, as in {program_name()} A B")
+    if len(args.folders) > 2:
+        raise InputError(f"{' '.join(args.folders)}: one folder is scored, or two are compared; name no more")
+    if len(args.folders) == 1:
+        args.samples_dir, = args.folders
 
 
 def _view(args, given):

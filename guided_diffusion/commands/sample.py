@@ -97,8 +97,8 @@ def main() -> None:
                                   options=vars(args))
         refuse_unused(vars(args), cases.readers_used, args.data_dir)
         sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
-        evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args)) \
-            if args.evaluate else None
+        evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
+                                method.independent) if args.evaluate else None
     problems = shared_problems(cases)
     with dist_util.all_ranks_or_none():
         if len(problems) == len(cases):
@@ -159,7 +159,7 @@ def main() -> None:
                 evaluation.add(*case, masks)
                 write(files.keep_masks, folder, case.name, masks, fingerprint)
             else:
-                write(files.write_case, folder, case, samples, masks, fingerprint)
+                write(files.write_case, folder, case, samples, masks, fingerprint, method.independent)
             view.show_case(case, masks)
         dist_util.at(None)
     view.close()

@@ -9,23 +9,29 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from ..metrics import SCORES, bootstrap_interval
-from .scored import ALL, BACKGROUND, MODEL, RATERS, ScoredCase
+from ..metrics import bootstrap_interval
+from .scored import ALL, BACKGROUND, RATERS, ScoredCase
 from .style import BLUE, CURVES, GREEN, GREY, PALE_BLUE, VERMILLION
 
 
 def score_figure(rows: Sequence[ScoredCase], patients: Sequence[str], summary: Mapping[str, Any]) -> bytes:
     """PNG bytes: the scores of all cases, the calibration of the ensemble's mean, GED against ensemble size.
 
+    Of masks that are no independent draws the scores alone.
+
     :param rows, patients, summary: those of an evaluation.Evaluation.
     """
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
-    _distributions(left, np.array([row.scores[MODEL, ALL] for row in rows]), summary["references"])
-    _calibration(middle, *(np.array(summary["calibration"][name]) for name in ("pixels", "predicted", "observed")))
-    _ged_against_members(right, rows, patients, summary)
+    independent = summary["members_are"] == "independent"
+    figure = Figure(figsize=(15 if independent else 7.5, 5), layout="constrained")
+    left, *others = figure.subplots(1, 3, width_ratios=(1.3, 1, 1)) if independent else [figure.subplots()]
+    _distributions(left, np.array([[row.score(name) for name in summary[ALL]] for row in rows]), list(summary[ALL]),
+                   summary["references"])
+    if independent:
+        _calibration(others[0], summary["calibration"], summary["presence_calibration"])
+        _ged_against_members(others[1], rows, patients, summary)
     counts = "–".join(map(str, sorted(set(summary["members"]))))
-    figure.suptitle(f"{summary['cases']} cases of {summary['patients']} patients, {counts} masks a case")
+    figure.suptitle(f"{summary['cases']} cases of {summary['patients']} patients, {counts}"
+                    f" {'' if independent else 'spread '}masks a case")
     return png(figure)
 
 
@@ -67,28 +73,32 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _distributions(axes, values, references):
-    """values [N, S]: a box a score, over cases."""
-    places = np.arange(len(SCORES))[::-1]
+def _distributions(axes, values, names, references):
+    """values [N, S] of S names: a box a score, over cases."""
+    places = np.arange(len(names))[::-1]
     axes.boxplot(values, orientation="horizontal", positions=places, widths=0.55, whis=(5, 95), showfliers=False,
                  patch_artist=True, boxprops={"facecolor": PALE_BLUE, "edgecolor": BLUE}, medianprops={"color": BLUE},
                  whiskerprops={"color": BLUE}, capprops={"color": BLUE})
     axes.plot(values.mean(0), places, "o", color=BLUE, label="mean of the model")
     for (name, scores), marker, colour in zip(references.items(), ("D", "x"), (GREEN, VERMILLION)):
-        axes.plot([scores[ALL][score]["mean"] for score in SCORES], places, marker, color=colour,
+        axes.plot([scores[ALL][score]["mean"] for score in names], places, marker, color=colour,
                   label=f"mean of {name}")
-    axes.set(yticks=places, yticklabels=list(SCORES), xlabel="score", title="Cases: quartiles, and 5 to 95 %")
+    axes.set(yticks=places, yticklabels=names, xlabel="score", title="Cases: quartiles, and 5 to 95 %")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="best", fontsize="small")
 
 
-def _calibration(axes, pixels, predicted, observed):
-    """Sums over the pixels of each bin, [bins]."""
-    used = pixels > 0
+def _calibration(axes, of_pixels, of_presence):
+    """Tables of a summary: sums over the pixels, or cases, of each bin."""
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="calibrated")
-    axes.plot(predicted[used] / pixels[used], observed[used] / pixels[used], "o-", color=BLUE, label="model")
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="share of the ensemble that marks a pixel",
-             ylabel="share of raters that mark it", title="Calibration")
+    for table, style, colour, label in ((of_pixels, "o-", BLUE, "a pixel"), (of_presence, "s--", VERMILLION,
+                                                                            "anything at all, by case")):
+        counts, predicted, observed = map(np.array, table.values())
+        used = counts > 0
+        axes.plot(predicted[used] / counts[used], observed[used] / counts[used], style, color=colour, label=label)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="share of the ensemble that marks",
+             ylabel="share of raters that mark", title="Calibration")
+    pixels = np.array(of_pixels["pixels"])
     axes.legend(loc="upper left", fontsize="small")
     axes.grid(alpha=0.3)
     counts = axes.twinx()

@@ -131,11 +131,16 @@ async function open(row) {
     entry.append(name);
     entry.insertCell().textContent = row.cells[i].textContent;
   }
-  const ged = Array.from({length: c.members}, (_, k) =>
-    [k + 1, s.GED_unbiased + s.diversity / (k + 1) + s.rater_diversity / c.raters]);
-  const highest = Math.max(0.01, ...ged.map(([_, value]) => value));
-  const [count, predicted, observed] = c.calibration;
-  const bins = count.map((k, i) => [predicted[i] / k, observed[i] / k]).filter((_, i) => count[i]);
+  const charts = [];
+  if ("GED_unbiased" in s) { // else the masks are no independent draws, which both charts need
+    const ged = Array.from({length: c.members}, (_, k) =>
+      [k + 1, s.GED_unbiased + s.diversity / (k + 1) + s.rater_diversity / c.raters]);
+    const highest = Math.max(0.01, ...ged.map(([_, value]) => value));
+    const [count, predicted, observed] = c.calibration;
+    const bins = count.map((k, i) => [predicted[i] / k, observed[i] / k]).filter((_, i) => count[i]);
+    charts.push(figure("expected GED against masks drawn", chart(ged, c.members, highest)),
+      figure("calibration: share of raters against share of masks", chart(bins, 1, 1, true)));
+  }
   const notes = [c.members > members.length && `the first ${members.length} of ${c.members} masks`,
     c.step > 1 && `one pixel of every ${c.step} x ${c.step}`].filter(Boolean).join("; ");
   view.replaceChildren(
@@ -147,8 +152,7 @@ async function open(row) {
     notes && "Shown: " + notes,
     grid(raters.map((mask, i) => tile(`rater ${i}`, small, tint(mask, colours[i % colours.length])))),
     grid(members.map((mask, i) => tile(`mask ${i}`, small, tint(mask, [255, 255, 255])))),
-    grid([figure("scores", numbers), figure("expected GED against masks drawn", chart(ged, c.members, highest)),
-      figure("calibration: share of raters against share of masks", chart(bins, 1, 1, true))]));
+    grid([figure("scores", numbers), ...charts]));
   box.scrollTop = 0;
 }
 function chart(points, right, top, diagonal) {

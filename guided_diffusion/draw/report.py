@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..metrics import SCORES
+from ..metrics import score_names
 from . import montage, style
-from .scored import ALL, MODEL, ScoredCase, ensemble_sizes
+from .scored import ScoredCase, ensemble_sizes
 
 MEMBERS = 16  # of a case that the page holds
 SIDE = 256  # pixels; larger pictures are thinned out to at most this
@@ -70,26 +70,27 @@ def _rim(mask):
 
 
 def page(rows: Sequence[ScoredCase], patients: Sequence[str], counts: str, tables: Sequence[Sequence[Sequence[str]]],
-         figure: bytes | None) -> bytes:
+         figure: bytes | None, independent: bool = True) -> bytes:
     """The page, in UTF-8.
 
     :param rows, patients: those of an evaluation.Evaluation.
     :param counts: what was scored, in words.
     :param tables: of the summary, each a list of rows of words with the head first.
     :param figure: the PNG of plots.score_figure; None leaves it out.
+    :param independent: False leaves out the scores that need independent draws.
     """
-    sizes = ensemble_sizes(rows)
-    names = ["case", "patient", "raters", "members", *SCORES, *(f"GED_{size}" for size in sizes)]
+    sizes, scores = ensemble_sizes(rows), score_names(independent)
+    names = ["case", "patient", "raters", "members", *scores, *(f"GED_{size}" for size in sizes)]
     blocks = {"colours": {"map": style.MAP.tolist(), "outlines": style.OUTLINES, "ensemble": style.ENSEMBLE,
                           "line": style.BLUE, "axis": style.GREY},
-              **{f"case{i}": _case(row) for i, row in enumerate(rows)}}
+              **{f"case{i}": _case(row, scores) for i, row in enumerate(rows)}}
     css = f":root {{ --focus: {style.BLUE} }}\n{STYLE}"
     text = Template(PAGE).substitute(
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(css)}'; script-src '{_hash(SCRIPT)}';"
                f" base-uri 'none'; form-action 'none'",
         style=css, script=SCRIPT, counts=html.escape(counts), count=len(rows), tables="".join(map(_table, tables)),
         figure="" if figure is None else _figure(figure), heads="".join(map(_head, names)),
-        body="\n".join(_row(row, patient, sizes) for row, patient in zip(rows, patients)),
+        body="\n".join(_row(row, patient, scores, sizes) for row, patient in zip(rows, patients)),
         blocks="\n".join(_block(name, values) for name, values in blocks.items()),
         raters=f"rgb{_RATERS}", ensemble=f"rgb{style.ENSEMBLE}")
     return text.encode(errors="xmlcharrefreplace")
@@ -123,8 +124,8 @@ def _table(rows):
     return f'<table class="summary">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
 
 
-def _row(row, patient, sizes):
-    values = [*row.scores[MODEL, ALL], *(row.score("GED", size) for size in sizes)]
+def _row(row, patient, scores, sizes):
+    values = [*(row.score(name) for name in scores), *(row.score("GED", size) for size in sizes)]
     cells = [f'<td data-v="{value}">{value}</td>' for value in (row.raters, row.members)]
     cells += ["<td></td>" if value is None else f'<td data-v="{float(value)!r}">{value:.3f}</td>' for value in values]
     source = f"data:image/png;base64,{row.pictures['thumbnail']}"
@@ -132,9 +133,8 @@ def _row(row, patient, sizes):
             f'<th scope="row">{html.escape(row.case)}</th><td>{html.escape(patient)}</td>{"".join(cells)}</tr>')
 
 
-def _case(row):
+def _case(row, scores):
     """What opening a case needs beside its row of the table."""
     what = {key: value for key, value in row.pictures.items() if key != "thumbnail"}
-    scores = dict(zip(SCORES, row.scores[MODEL, ALL].tolist()))
-    return {**what, "raters": row.raters, "members": row.members, "scores": scores,
+    return {**what, "raters": row.raters, "members": row.members, "scores": {name: row.score(name) for name in scores},
             "calibration": np.round(row.calibration, 4).tolist()}

@@ -37,11 +37,14 @@ class Method(nn.Module, abc.ABC):
     emasavedmodel*.pt hold. Other networks that are trained are submodules as well, and named by `training_networks`.
 
     :cvar parts: names of the parts that the log splits losses by; () for none. parts_are: what one is, in words.
+    :cvar independent: whether the members of a case are independent draws; False where they are spread evenly over the
+        distribution, each of them being a draw. Scores that need independent draws are then left out.
     """
 
     model: nn.Module
     parts: tuple[str, ...] = ()
     parts_are: str = "part"
+    independent: bool = True
 
     # ---- from flags ----
 

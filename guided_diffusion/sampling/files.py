@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, Self
@@ -69,25 +70,28 @@ def result_names(case_name: str, num_ensemble: int) -> list[str]:
             *(f"{case_name}_{kind}" for kind in ("mean.png", "std.png", "montage.png", "ensemble.npz"))]
 
 
-def write_case(folder: storage.AnyPath, case: Case, samples: np.ndarray, masks: np.ndarray, fingerprint: str = ""
-               ) -> None:
+def write_case(folder: storage.AnyPath, case: Case, samples: np.ndarray, masks: np.ndarray, fingerprint: str = "",
+               independent: bool = True) -> None:
     """Write the ensemble of one case:
 
     <case>_output<i>.png   member i, 0 or 255
     <case>_mean.png        probability of foreground: 255 is 1
     <case>_std.png         spread, the standard deviation over members: 255 is 0.5, the largest possible
     <case>_montage.png     all of it, to look at
-    <case>_ensemble.npz    samples [n, H, W] float32 before the threshold, and the fingerprint of what drew them
+    <case>_ensemble.npz    samples [n, H, W] float32 before the threshold, the fingerprint of what drew them, and, if
+                           they are no independent draws, an entry `spread`, see draws_are_independent
 
     :param samples: [n, H, W] float32; masks: [n, H, W] bool, cut from them. Members of an older, larger ensemble of
         the case are removed.
+    :param independent: what Method.independent says of them.
     :raises InputError: if a file cannot be written.
     """
     pictures = [*map(Image.fromarray, to_pixels(masks)), _grey(masks.mean(0)), _grey(2 * masks.std(0)),
                 montage.case_montage(case.name, case.image, case.raters, masks)]
     *names, ensemble = result_names(case.name, len(masks))
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, samples=samples.astype(np.float32), fingerprint=np.array(fingerprint))
+    np.savez_compressed(buffer, samples=samples.astype(np.float32), fingerprint=np.array(fingerprint),
+                        **({} if independent else {"spread": np.array(True)}))
     with writing(storage.join(folder, ensemble)) as path:
         if storage.exists(path):  # of an older ensemble, which is not whole once the first picture is another's
             storage.remove(path)
@@ -161,6 +165,22 @@ def is_complete(folder: str, case_name: str, shape: tuple[int, int, int], *wante
             return str(stored["fingerprint"]) in wanted and stored["samples"].shape == shape
     except Exception:  # numpy, zipfile and zlib raise almost anything on a damaged file
         return False
+
+
+def draws_are_independent(folder: str | os.PathLike, case_name: str) -> bool:
+    """Whether the members of a case in a local folder are independent draws; those are that no file says it of.
+
+    :raises InputError: if the file that would say it cannot be read.
+    """
+    path = os.path.join(folder, f"{case_name}_ensemble.npz")
+    try:
+        with zipfile.ZipFile(path) as archive:  # what its entries hold is not unpacked
+            return "spread.npy" not in archive.namelist()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error}), but says whether the masks are independent draws; sample"
+                         f" the case again, or remove the file if they are") from None
 
 
 # ---- masks that are kept until all cases are scored ----

@@ -42,16 +42,19 @@ class Ensemble:
     masks    [n, H, W] bool
     mean     [H, W] float in [0, 1], the probability of foreground
     std      [H, W] float in [0, 0.5], the spread over the members
+    probability_of_any  float in [0, 1], how likely an expert marks anything at all: the share of masks that do
+    independent         whether the masks are independent draws, see methods.base.Method
     spacing  (row, column) distance of the masks' pixels in mm, or None
     info     what else the file says of the scan, as its reader has it, a dict
     """
 
     def __init__(self, case: Case, samples: np.ndarray, spacing: Spacing | None = None,
-                 info: Mapping[str, Any] | None = None):
+                 info: Mapping[str, Any] | None = None, independent: bool = True):
         self.name, self.image, self.raters = case
-        self.samples, self.spacing, self.info = samples, spacing, dict(info or {})
+        self.samples, self.spacing, self.info, self.independent = samples, spacing, dict(info or {}), independent
         self.masks = to_masks(samples)
         self.mean, self.std = self.masks.mean(0), self.masks.std(0)
+        self.probability_of_any = float(self.masks.any((1, 2)).mean())
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -93,7 +96,8 @@ class Ensemble:
         :raises InputError: if they cannot be written.
         """
         storage.make_folder(folder, "folder")
-        write_case(folder, Case(name or self.name, self.image, self.raters), self.samples, self.masks)
+        write_case(folder, Case(name or self.name, self.image, self.raters), self.samples, self.masks,
+                   independent=self.independent)
 
 
 class Segmenter:
@@ -205,7 +209,8 @@ class Segmenter:
         method = script_util.create_method(args, self.model, training=False).prepare(self.dtype)
         largest = largest_batch(self.device, args.image_size) if batch_size == "auto" else int(batch_size)
         sampler = EnsembleSampler(method, batch_size=min(largest, max(1, len(cases)) * num_ensemble), seed=args.seed)
-        ensembles = [Ensemble(case._replace(name=case.name or label), samples, spacing, contents.info)
+        ensembles = [Ensemble(case._replace(name=case.name or label), samples, spacing, contents.info,
+                              method.independent)
                      for label, spacing, (_, contents, _), (case, samples) in
                      zip(labels, spacings, read, sampler.ensembles(cases, num_ensemble))]
         return ensembles if many else ensembles[0]

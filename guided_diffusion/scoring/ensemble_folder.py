@@ -3,7 +3,7 @@
 import os
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..data import pictures, scaling
 from ..data.case_files import CaseFiles, read_case
 from ..data.fitting import fit_case
 from ..data.readers.base import Readers
+from ..sampling.files import draws_are_independent
 from ..system.errors import InputError, raise_problems
 
 MASK_RINGING = 64  # grey levels of 255 by which a mask of an ensemble, saved as JPEG, may be off
@@ -66,6 +67,18 @@ class EnsembleFolder:
             problems = [f"--pattern {self.pattern}: matches no file of any case in {self.folder}, which {holds}"]
         raise_problems(problems, self.folder)
         return found
+
+    def independent(self, members: Mapping[str, Sequence[Path]]) -> bool:
+        """Whether the masks that `find` has found are independent draws, not spread over the distribution.
+
+        :raises InputError: if they are in some cases and not in others.
+        """
+        cases = {draws_are_independent(paths[0].parent, case): case for case, paths in members.items()}
+        if len(cases) == 2:
+            raise InputError(f"--samples_dir {self.folder}: the masks of {cases[True]} are independent draws, and those"
+                             f" of {cases[False]} are spread evenly over the distribution, which scores tell apart;"
+                             f" sample all cases again with the same flags")
+        return True in cases
 
     def _members(self, case):
         if case in ("", ".", "..") or PurePath(case).name != case:

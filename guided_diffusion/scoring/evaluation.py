@@ -35,17 +35,21 @@ class Evaluation:
     :param patient_pattern: see metrics.patient_of.
     :param device: where to count.
     :param options: values of the scores' own flags, by name, see metrics.scores; other names are passed over.
+    :param independent: whether the members of a case are independent draws; if not, the scores of
+        metrics.FOR_INDEPENDENT_DRAWS, and calibration, are left out.
     :raises InputError: for a pattern that is no regular expression, or a score that fails on empty masks.
     """
 
     def __init__(self, sizes: Iterable[int] = (), seed: int = 0, patient_pattern: str = metrics.PATIENT_PATTERN,
-                 device: str | torch.device = "cpu", options: Mapping[str, Any] = MappingProxyType({})):
+                 device: str | torch.device = "cpu", options: Mapping[str, Any] = MappingProxyType({}),
+                 independent: bool = True):
         try:
             re.compile(patient_pattern)
         except re.error as error:
             raise InputError(f"--patient_pattern {patient_pattern}: is no regular expression ({error})") from None
         self.sizes, self.seed, self.patient_pattern, self.device = tuple(sizes), seed, patient_pattern, device
-        self.options = options
+        self.options, self.independent = options, independent
+        self.names = metrics.score_names(independent)
         self.rows: list[ScoredCase] = []
         self.shown: list[tuple] = []  # (GED, name, image, raters, predictions) of the best and the worst, best first
         empty = torch.zeros(1, 1, 64, 64, dtype=torch.bool, device=device)
@@ -61,20 +65,13 @@ class Evaluation:
         p, y = (torch.from_numpy(np.ascontiguousarray(masks)).to(self.device) for masks in (predictions, raters))
         table = {}
         for predictor, masks in ((MODEL, p), (RATERS, y[torch.from_numpy(draws).to(y.device)])):
-            table[predictor, ALL] = self._scores(masks, y)
-            for size in self.sizes:
-                if size <= n:
-                    groups = masks[:n // size * size].unflatten(0, (-1, size))  # [groups, size, H, W]
-                    table[predictor, str(size)] = self._scores(groups, y).mean(0)
-        table[BACKGROUND, ALL] = self._scores(torch.zeros_like(y[:1]), y)
+            for size, values in sized_scores(masks, y, self.sizes, self.options).items():
+                table[predictor, size] = values
+        table[BACKGROUND, ALL] = sized_scores(torch.zeros_like(y[:1]), y, (), self.options)[ALL]
         calibration = metrics.Agreement(p, y).calibration().cpu().numpy()
         case = ScoredCase(name, m, n, table, calibration, pictures(image, raters, predictions))
         self.rows.append(case)
         self.shown = _best_and_worst([*self.shown, (case.score("GED"), name, image, raters, predictions)])
-
-    def _scores(self, predictions, raters):
-        """[..., S], in the order of SCORES."""
-        return torch.stack(list(metrics.scores(predictions, raters, self.options).values()), -1).cpu().numpy()
 
     def gather(self) -> None:
         """Bring together what all ranks scored, on every rank, in the order of names."""
@@ -93,7 +90,8 @@ class Evaluation:
         return [metrics.patient_of(row.case, self.patient_pattern) for row in self.rows]
 
     def summary(self) -> dict[str, Any]:
-        """All of it as JSON takes it: {"all": {"GED": {"mean", "low", "high"}, ...}, "4": ..., "references": ...}.
+        """All of it as JSON takes it: {"all": {"GED": {"mean", "low", "high"}, ...}, "4": ..., "references": ...,
+        "members_are": "independent" or "spread", ...}.
 
         Sub-ensembles that some case has too few members for are left out. low and high bound the 95 % bootstrap
         interval over patients, None if there is one patient only.
@@ -103,15 +101,20 @@ class Evaluation:
         values = np.concatenate([[row.scores[key] for row in self.rows] for key in keys], 1)  # [N, keys * S]
         mean, low, high = (x.reshape(len(keys), -1) for x in metrics.bootstrap_interval(values, patients))
 
-        def table(i):
-            return {name: {"mean": float(mean[i, j]), "low": _number(low[i, j]), "high": _number(high[i, j])}
-                    for j, name in enumerate(metrics.SCORES)}
+        def table(i, names=metrics.SCORES):
+            return {name: estimate(mean[i, j], low[i, j], high[i, j]) for j, name in enumerate(metrics.SCORES)
+                    if name in names}
 
-        summary = {size: table(i) for i, (predictor, size) in enumerate(keys) if predictor == MODEL}
+        summary = {size: table(i, self.names) for i, (predictor, size) in enumerate(keys) if predictor == MODEL}
         summary["references"] = {reference: {size: table(i) for i, (predictor, size) in enumerate(keys)
                                              if predictor == reference} for reference in (RATERS, BACKGROUND)}
-        calibration = sum(row.calibration for row in self.rows)
-        summary["calibration"] = dict(zip(("pixels", "predicted", "observed"), calibration.tolist()))
+        if self.independent:
+            calibration = sum(row.calibration for row in self.rows)
+            summary["calibration"] = dict(zip(("pixels", "predicted", "observed"), calibration.tolist()))
+            presence = metrics.presence_calibration(*(np.array([row.score(name) for row in self.rows]) for name in (
+                "probability_of_any", "rater_probability_of_any")), np.array([row.members for row in self.rows]))
+            summary["presence_calibration"] = dict(zip(("cases", "predicted", "observed"), presence.tolist()))
+        summary |= {"members_are": "independent" if self.independent else "spread"}
         summary |= {"cases": len(self.rows), "patients": len(set(patients)),
                     **{kind: [min(counts), max(counts)] for kind, counts in (
                         ("members", [row.members for row in self.rows]),
@@ -137,7 +140,8 @@ class Evaluation:
             pages = [montage.case_montage(case, image, raters, predictions, max_members=8)
                      for _, case, image, raters, predictions in cases]
             files[name] = montage.png(montage.stack(pages))
-        files["report.html"] = page(self.rows, self.patients(), counted(summary), score_rows(summary), figure)
+        files["report.html"] = page(self.rows, self.patients(), f"{counted(summary)}{left_out(summary)}",
+                                    score_rows(summary), figure, self.independent)
         for name, data in files.items():
             with writing(storage.join(folder, name)) as path:
                 if data is not None:
@@ -154,9 +158,25 @@ class Evaluation:
         writer.writerow(["case", "patient", "raters", "members", *names])
         nothing = [""] * len(metrics.SCORES)
         for row, patient in zip(self.rows, self.patients()):
-            values = [value for size in (ALL, *sizes) for value in row.scores.get((MODEL, size), nothing)]
+            values = [value if name in self.names else "" for size in (ALL, *sizes)
+                      for name, value in zip(metrics.SCORES, row.scores.get((MODEL, size), nothing))]
             writer.writerow([row.case, patient, row.raters, row.members, *values])
         return text.getvalue()
+
+
+def sized_scores(masks: torch.Tensor, raters: torch.Tensor, sizes: Iterable[int] = (),
+                 options: Mapping[str, Any] = MappingProxyType({})) -> dict[str, np.ndarray]:
+    """Scores of all masks of a case, and the means of those of sub-ensembles, see Evaluation.
+
+    :param masks: [n, H, W] bool; raters: [m, H, W] bool, on the same device. Sizes above n are left out.
+    :returns: {ALL: [S], "4": [S], ...}, S in the order of SCORES.
+    """
+    def scores(predictions):  # [..., n, H, W] -> [..., S]
+        return torch.stack(list(metrics.scores(predictions, raters, options).values()), -1).cpu().numpy()
+
+    return {ALL: scores(masks),
+            **{str(size): scores(masks[:len(masks) // size * size].unflatten(0, (-1, size))).mean(0)  # [groups, size]
+               for size in sizes if size <= len(masks)}}
 
 
 def score_table(summary: Mapping[str, Any]) -> str:
@@ -169,18 +189,31 @@ def score_rows(summary: Mapping[str, Any]) -> list[list[list[str]]]:
     the means of sub-ensembles if there are any."""
     references = summary["references"]
     columns = {MODEL: summary[ALL], **{name: references[name][ALL] for name in references}}
-    rows = [["score", *columns]] + [[name, *(cell(scores[name]) for scores in columns.values())]
-                                    for name in metrics.SCORES]
+    spread = {"GED": ged_title(summary)}
+    rows = [["score", *columns]] + [[spread.get(name, name), *(cell(scores[name]) for scores in columns.values())]
+                                    for name in summary[ALL]]
     tables = [rows]
     sizes = [size for size in summary if size.isdigit()]
     if sizes:
-        names = [name for name in metrics.SCORES if name != "rater_diversity"]
-        rows = [["members", *names]]
+        names = [name for name in summary[ALL] if not name.startswith("rater_")]
+        rows = [["members", *(spread.get(name, name) for name in names)]]
         for size in sizes:
             rows += [[who, *(f"{scores[name]['mean']:.3f}" for name in names)] for who, scores in (
                 (size, summary[size]), (f"{size} {RATERS}", references[RATERS][size]))]
         tables.append(rows)
     return tables
+
+
+def ged_title(summary: Mapping[str, Any]) -> str:
+    """What GED is called: that of spread masks is none of independent draws."""
+    return "GED" if summary["members_are"] == "independent" else "GED spread"
+
+
+def left_out(summary: Mapping[str, Any]) -> str:
+    """Half a sentence that says which scores are not there, and why; "" if all are."""
+    return "" if summary["members_are"] == "independent" else (
+        f". The masks of a case are spread evenly over the distribution. {', '.join(metrics.FOR_INDEPENDENT_DRAWS)} and"
+        f" calibration need independent draws, and are left out")
 
 
 def counted(summary: Mapping[str, Any]) -> str:
@@ -202,8 +235,9 @@ def report(summary: Mapping[str, Any], folder: str | Path) -> str:
         ("means and intervals", "scores.json"))]
     to_open = () if storage.is_remote(folder) else (
         "python", "-m", "webbrowser", Path(files[0][1]).absolute().as_uri())
-    left_out = "" if charts else f"no charts in {folder}: {packages.missing('scores.png', 'matplotlib')}\n\n"
-    return (f"{counted(summary)}; mean [95 % interval over patients]\n\n{score_table(summary)}\n\n{left_out}"
+    no_charts = "" if charts else f"no charts in {folder}: {packages.missing('scores.png', 'matplotlib')}\n\n"
+    return (f"{counted(summary)}; mean [95 % interval over patients]{left_out(summary)}\n\n{score_table(summary)}\n\n"
+            f"{no_charts}"
             f"{terminal.summary('scores written', files, to_open)}")
 
 
@@ -226,8 +260,10 @@ def _best_and_worst(cases):
     return cases if len(cases) <= 2 * EXTREMES else cases[:EXTREMES] + cases[-EXTREMES:]
 
 
-def _number(value):
-    return None if np.isnan(value) else float(value)
+def estimate(mean: float, low: float, high: float) -> dict[str, float | None]:
+    """A mean and its interval as JSON takes them; NaN, an interval of one patient, becomes None."""
+    return {"mean": float(mean), **{name: None if np.isnan(value) else float(value)
+                                    for name, value in (("low", low), ("high", high))}}
 
 
 def parse_ensemble_sizes(text: str, fewest: int, required: bool = True) -> list[int]:

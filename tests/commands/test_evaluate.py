@@ -1,5 +1,6 @@
 """Scoring as users run it agrees with sampling that scores, or says what is wrong."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 
 from guided_diffusion import metrics
 from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.system import terminal
 
 SCRIPT = ROOT / "scripts" / "segmentation_evaluate.py"
@@ -48,8 +50,8 @@ def test_masks_of_any_model_are_scored_by_their_pattern(evaluate, data, tmp_path
         case = SegmentationCases(data, 16)[i]
         masks = [np.asarray(Image.open(tmp_path / "masks" / case.name / f"mask_0{k}.png")) > 0 for k in range(5)]
         expected = [score.item() for score in metrics.scores(np.stack(masks), case.raters).values()]
-        assert row[0] == case.name and [float(cell) for cell in row[4:15]] == pytest.approx(expected, abs=1e-12)
-    assert len(rows) == 3 and header[15] == "GED_2"
+        assert row[0] == case.name and [float(cell) for cell in row[4:18]] == pytest.approx(expected, abs=1e-12)
+    assert len(rows) == 3 and header[18] == "GED_2"
 
 
 def test_scoring_says_how_far_it_is_and_then_how_to_look_at_the_scores(evaluate, data, tmp_path, undrawn, monkeypatch):
@@ -112,6 +114,68 @@ def test_two_processes_write_what_one_writes(evaluate, make_cases, environment, 
     assert result.stdout.count("9 cases of 9 patients") == 1
     one, two = tree(tmp_path / "scores"), tree(tmp_path / "two")
     assert one == two and sorted(one) == FILES
+
+
+# ---- masks that are no independent draws ----
+
+def test_spread_masks_are_known_as_such_wherever_they_are_scored(run, evaluate, undrawn, data, trained, tmp_path,
+                                                                 monkeypatch):
+    monkeypatch.setattr(CIMD, "independent", False)
+    flags = ["--data_dir", data, "--model_path", trained / "savedmodel.pt", "--num_ensemble", 2,
+             "--timestep_respacing", 2]
+    assert run("segmentation_sample.py", *flags, "--results_dir", "masks").code == 0
+    result = evaluate()
+    assert result.code == 0 and "| GED spread " in result.out and "ECE" not in result.out.split("left out", 1)[1]
+    assert run("segmentation_sample.py", *flags, "--results_dir", "direct", "--evaluate", "True").code == 0
+    assert tree(tmp_path / "direct") == tree(tmp_path / "scores")
+    # a run with other flags, stopped after its first case
+    monkeypatch.setattr(CIMD, "independent", True)
+    assert run("segmentation_sample.py", *flags, "--seed", 1, "--num_samples", 1, "--results_dir", "masks").code == 0
+    mixed = evaluate()
+    assert mixed.code == 2 and "the masks of case0 are independent draws, and those of case2 are spread" in mixed.err
+    assert run("segmentation_sample.py", *flags, "--seed", 1, "--results_dir", "masks").code == 0
+    result = evaluate()
+    assert result.code == 0 and "| ECE " in result.out and "spread evenly" not in result.out
+
+
+# ---- two folders ----
+
+def test_two_folders_are_compared_case_by_case(run, data, tmp_path):
+    predict(data, tmp_path / "a", 4)
+    predict(data, tmp_path / "b", 2)
+    for i in range(4):
+        (tmp_path / "a" / f"case1_output{i}.png").unlink()
+    result = run(SCRIPT.name, "a", "b", "--data_dir", data, "--ensemble_sizes", "2", "--output_dir", "out")
+    assert result.code == 0 and result.err == ""
+    assert "left out, since only b has their masks: 1 cases, case1\n" in result.out
+    assert "A: a, 4 masks a case, independent" in result.out and "2 cases of 2 patients" in result.out
+    summary = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert summary["2"]["GED"]["B"] == summary["all"]["GED"]["B"] and summary["members"] == [[4, 4], [2, 2]]
+    scores = []
+    for folder in ("a", "b"):
+        run(SCRIPT.name, folder, "--data_dir", data, "--skip_missing", "True")
+        rows = [line.split(",") for line in (tmp_path / folder / "scores.csv").read_text().splitlines()]
+        scores.append({row[0]: float(row[rows[0].index("GED")]) for row in rows[1:]})
+    differences = [scores[0][case] - scores[1][case] for case in ("case0", "case2")]
+    assert summary["all"]["GED"]["A less B"] == pytest.approx({
+        "mean": np.mean(differences), "low": min(differences), "high": max(differences)})
+    before = tree(tmp_path)
+    assert run(SCRIPT.name, "--data_dir", data, "b", "a").code == 0 and tree(tmp_path) == before
+
+
+def test_folders_that_cannot_be_compared_are_refused(run, data, tmp_path):
+    predict(data, tmp_path / "a", 1)
+    save(tmp_path / "b" / "case1_output0.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "a" / "case1_output0.png").rename(tmp_path / "c" / "case1_output0.png")
+    for folders, words in ((["a", "b", "c"], "one folder is scored, or two are compared"), (["a", "gone"], "gone"),
+                           (["b", "c"], "case0 and 1 more: no masks to compare in b or c"),
+                           (["a", "b"], "have masks of no case in common"),
+                           (["b", "c", "--skip_missing", "True", "--fit", "crop"],
+                            "case1: the masks in b are 8 x 8 pixels and those in c 16 x 16"),
+                           (["a", "--samples_dir", "b"], "name the folders")):
+        result = run(SCRIPT.name, *folders, "--data_dir", data)
+        assert result.code == 2 and result.err.count("\n") == 1 and words in result.err, result.err
 
 
 # ---- bad input: exit code 2, a line each, and nothing written ----

@@ -161,7 +161,8 @@ def test_300_cases_are_sorted_searched_and_opened_by_keyboard_and_nothing_is_req
     evaluation = Evaluation()
     evaluation.add(*make_case("a", 20))
     rng = np.random.default_rng(0)
-    rows = [evaluation.rows[0]._replace(case=f"case{i}", scores={("model", "all"): rng.normal(0, 10, 11)})
+    rows = [evaluation.rows[0]._replace(case=f"case{i}", scores={("model", "all"): rng.normal(0, 10, len(
+        metrics.SCORES))})
             for i in range(300)]
     geds = np.array([row.scores["model", "all"][0] for row in rows])
     file = tmp_path / "report.html"
@@ -171,6 +172,7 @@ def test_300_cases_are_sorted_searched_and_opened_by_keyboard_and_nothing_is_req
     names = "[...document.querySelectorAll('#cases tbody tr:not([hidden])')].map(row => row.cells[1].textContent)"
     sort = "document.querySelectorAll('#cases thead th')[5].ariaSort"
     shown = "document.querySelector('#name').textContent"
+    charts = "document.querySelectorAll('#view polyline').length"
     is_open = "document.querySelector('dialog').open && document.querySelectorAll('canvas').length"
     assert browser.ask(names) == [f"case{i}" for i in range(300)] and browser.ask(sort) == "none"
 
@@ -192,7 +194,7 @@ def test_300_cases_are_sorted_searched_and_opened_by_keyboard_and_nothing_is_req
                          " e.querySelector('rect:last-of-type').getAttribute('fill')])")
     assert scales == [[[*words], "rgb(68,1,84)", "rgb(253,231,37)"] for words in (
         ("0", "0.5", "1"), ("0", "0.5", "1"), ("0", "0.25", "0.5"))]
-    assert browser.ask(shown) == f"case{geds.argsort()[1]}"
+    assert browser.ask(charts) == 2 and browser.ask(shown) == f"case{geds.argsort()[1]}"
     assert "the first 16 of 20 masks" in browser.ask("document.querySelector('#view').textContent")
     browser.press("ArrowRight")
     browser.wait(f"{shown} === 'case{geds.argsort()[2]}'")
@@ -213,6 +215,15 @@ def test_300_cases_are_sorted_searched_and_opened_by_keyboard_and_nothing_is_req
     assert browser.ask("new Promise(tell => { addEventListener('securitypolicyviolation', event => tell(event."
                        "effectiveDirective)); document.body.append(Object.assign(document.createElement('script'),"
                        " {textContent: 'document.title = 1'})); })") == "script-src-elem"
+
+    # masks that are no independent draws: neither chart
+    spread = tmp_path / "spread.html"
+    spread.write_bytes(report.page(rows[:1], ["p"], "words", [], None, independent=False))
+    browser.open(spread.as_uri())
+    browser.wait("!!document.querySelector('#place')?.textContent")
+    browser.click("#cases tbody tr td:nth-child(4)")
+    browser.wait(f"{is_open} === 6 + 3 + 16")
+    assert browser.ask(charts) == 0 and browser.ask("document.querySelectorAll('#view .numbers td').length") == 13
 
 
 def test_raters_who_agree_share_their_outline_in_the_page(browser, tmp_path):

@@ -13,6 +13,8 @@ from PIL import Image
 
 from guided_diffusion import Segmenter
 from guided_diffusion.data.cases import Case
+from guided_diffusion.methods.cimd import CIMD
+from guided_diffusion.sampling.files import draws_are_independent
 from guided_diffusion.sampling.segmenter import Ensemble
 from guided_diffusion.script_util import BEST
 from guided_diffusion.system.errors import InputError
@@ -31,6 +33,18 @@ def image():
 def ensemble_of(masks, spacing=None):
     masks = np.asarray(masks)
     return Ensemble(Case("case", np.zeros((4, *masks.shape[1:]), np.float32), masks[:0]), masks.astype(float), spacing)
+
+
+def test_ensembles_say_how_likely_anything_is_marked_and_whether_masks_are_independent(segmenter, image, monkeypatch,
+                                                                                       tmp_path):
+    masks = np.zeros((4, 6, 6), bool)
+    masks[0, 2, 2] = masks[3, 1:4] = True
+    assert ensemble_of(masks).probability_of_any == 0.5 and ensemble_of(masks).independent
+    for independent in (True, False):
+        monkeypatch.setattr(CIMD, "independent", independent)
+        ensemble = segmenter.sample(image, num_ensemble=2, steps=1)
+        ensemble.save(tmp_path, name="scan")
+        assert ensemble.independent == draws_are_independent(tmp_path, "scan") == independent
 
 
 def test_segmenter_gives_the_same_masks_for_integers_and_floats_every_time(trained, segmenter, image):

@@ -50,6 +50,20 @@ def test_masks_of_cases_with_similar_or_odd_names_are_kept_apart(tmp_path, names
     assert found(listed(tmp_path, *sum(folders.values(), [])), "{case}/{i}.png", *names) == folders
 
 
+def test_whether_masks_are_independent_draws_is_read_beside_them(tmp_path):
+    listed(tmp_path, "of/a_output0.png", "of/b_output0.png")
+    folder = EnsembleFolder(tmp_path, "of/{case}_output{i}.png")
+    members = folder.find(["a", "b"])
+    assert folder.independent(members)  # as those of other programs
+    np.savez(tmp_path / "of" / "a_ensemble.npz", samples=np.zeros(3), spread=np.array(True))
+    message = refusal(folder.independent, members)
+    assert "the masks of b are independent draws, and those of a are spread" in message
+    np.savez(tmp_path / "of" / "b_ensemble.npz", spread=np.array(True))
+    assert not folder.independent(members)
+    (tmp_path / "of" / "b_ensemble.npz").write_bytes(b"PK")
+    assert f"{tmp_path / 'of' / 'b_ensemble.npz'}: cannot be read" in refusal(folder.independent, members)
+
+
 def test_a_gap_is_refused_by_case_even_if_cases_may_be_missing(tmp_path):
     listed(tmp_path, "a_output0.png", "b_output0.png", "b_output2.png")
     for skip in (False, True):

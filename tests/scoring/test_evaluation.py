@@ -26,7 +26,7 @@ from guided_diffusion.system.registry import load_plugin
 
 SIDE = 12
 NAMES = ["GED", "GED_unbiased", "HM_IoU", "D_max", "S_c", "D_a", "CI", "soft_Dice", "ECE", "diversity",
-         "rater_diversity"]
+         "rater_diversity", "presence_Brier", "probability_of_any", "rater_probability_of_any"]
 
 
 def discs(rng, count, side=SIDE):
@@ -106,7 +106,9 @@ def test_a_row_of_the_csv_is_a_case_and_its_sub_ensembles(ragged, undrawn, tmp_p
 def test_summary_holds_means_of_the_columns_within_their_intervals(ragged, undrawn, tmp_path):
     summary = evaluated(ragged, sizes=[4, 2]).write(tmp_path)
     assert strict_json((tmp_path / "scores.json").read_text()) == summary
-    assert list(summary) == ["all", "4", "2", "references", "calibration", "cases", "patients", "members", "raters"]
+    assert list(summary) == ["all", "4", "2", "references", "calibration", "presence_calibration", "members_are",
+                             "cases", "patients", "members", "raters"]
+    assert summary["members_are"] == "independent"
     assert (summary["cases"], summary["patients"], summary["members"], summary["raters"]) == (5, 3, [5, 9], [2, 5])
     assert list(summary["references"]) == ["resampled raters", "all background"]
     assert list(summary["references"]["resampled raters"]) == ["all", "4", "2"]
@@ -169,6 +171,46 @@ def test_sizes_that_nobody_has_members_for_are_in_no_table(undrawn, tmp_path):
     assert "members" not in evaluation.score_table(summary)
 
 
+# ---- masks that are no independent draws ----
+
+def test_scores_that_need_independent_draws_are_left_out_of_spread_ensembles(ragged, tmp_path):
+    usual, spread = (evaluated(ragged, sizes=[2], independent=independent) for independent in (True, False))
+    summary = spread.write(tmp_path)
+    assert strict_json((tmp_path / "scores.json").read_text()) == summary and summary["members_are"] == "spread"
+    kept = [name for name in NAMES if name not in ("GED_unbiased", "ECE", "diversity", "presence_Brier")]
+    assert "calibration" not in summary and "presence_calibration" not in summary
+    assert [summary[size] for size in ("all", "2")] == [{name: usual.summary()[size][name] for name in kept}
+                                                        for size in ("all", "2")]
+    header, rows = read_csv((tmp_path / "scores.csv").read_text())
+    assert header[4:] == [*NAMES, *(f"{name}_2" for name in NAMES)]
+    for row in rows:
+        assert {name.removesuffix("_2") for name, cell in zip(header[4:], row[4:]) if cell == ""} == {*NAMES} - {*kept}
+    text = report(summary, "")
+    left_out = "GED_unbiased, ECE, diversity, presence_Brier and calibration need independent draws, and are left out"
+    assert left_out in text.splitlines()[0] and "| GED spread" in text and "| ECE " not in text
+    page = (tmp_path / "report.html").read_text()
+    assert left_out in page and "ECE</button>" not in page and '"GED_unbiased":' not in page
+    assert "spread evenly" not in report(usual.summary(), "")
+
+
+def test_presence_is_calibrated_by_case(drawn):
+    mask, nothing = np.ones((1, SIDE, SIDE), bool), np.zeros((1, SIDE, SIDE), bool)
+
+    def case(name, raters, members):  # how many mark anything, of how many
+        return name, np.zeros((1, SIDE, SIDE)), *(np.concatenate([mask] * marked + [nothing] * (count - marked))
+                                                  for marked, count in (raters, members))
+
+    result = evaluated([case("a1", (1, 4), (1, 10)), case("b2", (3, 4), (2, 10)), case("c3", (2, 2), (29, 100)),
+                        case("d4", (4, 4), (5, 5))])
+    table = result.summary()["presence_calibration"]
+    assert table["cases"] == [0, 1, 2, *[0] * 6, 1]
+    assert np.array(table["predicted"])[[1, 2, 9]] == pytest.approx([0.1, 0.2 + 0.29, 1])
+    assert np.array(table["observed"])[[1, 2, 9]] == pytest.approx([0.25, 1.75, 1])
+    plots.score_figure(result.rows, result.patients(), result.summary())
+    line, = (line for axes in drawn[-1].axes for line in axes.lines if line.get_label() == "anything at all, by case")
+    np.testing.assert_allclose(line.get_xydata(), [[0.1, 0.25], [0.245, 0.875], [1, 1]])
+
+
 # ---- predictors without a model ----
 
 def reference(evaluation, i=0, name="resampled raters"):
@@ -202,7 +244,7 @@ def test_resampled_raters_who_all_agree_are_perfect():
     name, image, raters, predictions = make_case("x")
     scores = dict(zip(NAMES, reference(evaluated([(name, image, raters[[0, 0, 0]], predictions)]))))
     assert scores == pytest.approx({**dict.fromkeys(NAMES, 1), **dict.fromkeys(
-        ("GED", "GED_unbiased", "ECE", "diversity", "rater_diversity"), 0)}, abs=1e-12)
+        ("GED", "GED_unbiased", "ECE", "diversity", "rater_diversity", "presence_Brier"), 0)}, abs=1e-12)
 
 
 def test_the_background_reference_is_one_empty_mask(ragged):
@@ -252,11 +294,12 @@ def test_the_models_curve_lies_within_its_chart(drawn, how):
     [(f"case{i}", image, raters, raters) for i in range(2) for _, image, raters, _ in [make_case(str(i))]],
 ], ids=["usual", "one case", "one member each", "all empty", "perfect"])
 def test_charts_can_be_drawn_of_anything(cases):
-    result = evaluated(cases, sizes=[2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        png = plots.score_figure(result.rows, result.patients(), result.summary())
-    assert Image.open(io.BytesIO(png)).size == (1500, 500)
+    for independent, width in ((True, 1500), (False, 750)):
+        result = evaluated(cases, sizes=[2], independent=independent)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            png = plots.score_figure(result.rows, result.patients(), result.summary())
+        assert Image.open(io.BytesIO(png)).size == (width, 500)
 
 
 # ---- the best and the worst ----
@@ -314,7 +357,7 @@ def test_report_tells_what_was_scored_and_where_it_is_and_how_to_look_at_it(ragg
     assert Path(url2pathname(urlsplit(url).path)) == tmp_path / "some/folder of mine/report.html"
     assert "webbrowser" not in report(summary, "gs://bucket/folder")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[-1:] == "|"]
-    first = lines.index(["members", *NAMES[:-1]])
+    first = lines.index(["members", *(name for name in NAMES if not name.startswith("rater_"))])
     assert [line[0] for line in lines[2:first]] == NAMES and lines[0][1:] == ["model", "resampled raters",
                                                                               "all background"]
     value = summary["all"]["GED"]

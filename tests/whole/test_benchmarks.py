@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.files import ROOT
+from helpers.models import MeanOutline
 
 from guided_diffusion import checkpoint, metrics, script_util
 from guided_diffusion.commands import cli
 from guided_diffusion.data import phantoms
+from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.methods import METHODS
+from guided_diffusion.system.flag import Flag
 
 
 @pytest.fixture
@@ -86,6 +90,62 @@ def test_benchmark_on_real_cases_trains_samples_and_writes_a_row(benchmark, tmp_
     assert benchmark("lidc.py", *flags).code == 0  # trains no further, and scores the same
     again = (tmp_path / "r" / "table.md").read_text().splitlines()[4].split("|")
     assert again[:10] == row[:10] and again[-2:] == row[-2:]
+
+
+class Shifted(MeanOutline):
+    """Draws that differ; spread, every second one is empty."""
+
+    @classmethod
+    def from_flags(cls, flags, model=None, training=True):
+        method = cls(model=model)
+        method.independent = not flags.spread
+        return method
+
+    def draw(self, encoded, rows, seed, on_step=lambda *_: None):
+        masks = super().draw(encoded, rows, seed, on_step) > 0.5
+        for mask, (_, case, i) in zip(masks, rows):
+            mask ^= i % 2 == 1 if self.independent else mask & (i % 2 == 1)
+        return masks.float()
+
+
+def test_table_of_trained_models_has_a_row_each_and_computes_none_twice(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(METHODS, "_entries", {"cimd": METHODS.entries["cimd"]})
+    METHODS.add("shifted", flags=[Flag("spread", bool, True, "", "sampling")])(Shifted)
+    monkeypatch.setattr(importlib.import_module("table"), "SLOW", 0)
+    phantoms.write_cases(tmp_path / "test", 4, 2, 32)
+    flags = {"image_size": 32, "image_channels": 1, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1,
+             "num_heads": 1, "attention_resolutions": "16", "prediction": "xstart", "noise_schedule": "cosine"}
+    for name, network, more in (("a", script_util.create_model_and_diffusion(**flags)[0], {}),
+                                ("b", Shifted().model, {"method": "shifted"})):
+        (tmp_path / name).mkdir()
+        checkpoint.save_flags(tmp_path / name, {**flags, **more})
+        checkpoint.save(tmp_path / name / "savedmodel.pt", network.state_dict())
+    log = [{"step": 1, "seconds": 1800.0}, {"step": 2, "seconds": 3600.0, "samples": 8}, {"step": 3, "seconds": 7200.0}]
+    (tmp_path / "b" / "progress.json").write_text("".join(json.dumps(row) + "\n" for row in [*log, *log[:2]]))
+    (tmp_path / "b" / "log.txt").write_text("command: train b\n")
+    words = ["--table", "--test_dir", "test", "--num_cases", 3, "--num_ensemble", 4, "--results_dir", "t"]
+    assert benchmark("lidc.py", *words, "--sample_flags", "--sampler ddim --sampling_steps 1", "b").code == 0
+    result = benchmark("lidc.py", *words, "--sample_flags", "--sampler ddim --sampling_steps 1", "a", "b")
+    assert result.code == 0 and (tmp_path / "t" / "table.md").read_text() in result.out
+    assert len(json.loads((tmp_path / "t" / "table.json").read_text())) == 2
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.splitlines() if line[:1] == "|"]
+    a, b = (dict(zip(lines[0], line)) for line in lines[2:])
+    assert (a["method"], b["method"]) == ("cimd --sampler ddim --sampling_steps 1", "shifted")
+    assert (b["core-hours"], b["scans seen"], a["core-hours"]) == ("3.00", "8", "") and "- b: `train b`" in result.out
+    assert float(a["GFLOP a mask"]) > 0.1 and float(b["GFLOP a scan"]) == pytest.approx(2 * 9 * 32 * 32 / 1e9, rel=0.01)
+    assert b["parameters (M)"] == "0.00" and b["GED_4 independent"] != b["GED_4 spread"] and a["GED_4 spread"] == ""
+    # against the scores of the masks themselves
+    method = Shifted()
+    checkpoint.load_model(method.model, tmp_path / "b" / "savedmodel.pt")
+    cases = SegmentationCases(tmp_path / "test", 32, 1)
+    for column, independent in (("GED_4 independent", True), ("GED_4 spread", False), ("GED_100", True)):
+        method.independent = independent
+        drawn = [method.draw(method.encode(torch.from_numpy(cases[i].image)[None]), [(0, "", k) for k in range(4)], 0)
+                 for i in (0, 1, 2)]
+        scores = [metrics.scores((masks > 0.5).numpy(), cases[i].raters) for i, masks in enumerate(drawn)]
+        ged = [s["GED"] if "4" in column else s["GED_unbiased"] + s["diversity"] / 100
+               + s["rater_diversity"] / len(cases[i].raters) for i, s in enumerate(scores)]
+        assert float(b[column].split()[0]) == pytest.approx(np.mean(ged), abs=6e-4)
 
 
 def test_steps_are_compared_case_by_case_and_a_stopped_run_goes_on(benchmark, tmp_path):
