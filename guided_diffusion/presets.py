@@ -33,11 +33,10 @@ PRESETS.add("gpu-128", "cimd-published for 100,000 steps; not run")(
     f"--num_channels 128 --max_steps 100000 {_PUBLISHED}")
 PRESETS.add("gpu-128-half", "gpu-128 with half the channels; not run")(
     f"--num_channels 64 --max_steps 100000 {_PUBLISHED}")
-PRESETS.add("probunet", "the Probabilistic U-Net at half its published width, for the central 64 x 64 pixels; an hour of"
-            " one CPU core; not scored")(
-    """--method probunet --network conv_unet --fit crop --image_size 64 --image_channels 1
-    --conv_unet_filters 16,32,64,96 --probunet_filters 16,32,64,96 --beta 10 --batch_size 8 --lr 1e-3
-    --lr_anneal_steps 20000 --ema_rate 0.999""")
+PRESETS.add("probunet", "the Probabilistic U-Net at half its published width, for the central 64 x 64 pixels; an hour"
+            " of one CPU core; not scored")(
+    """--method probunet --network conv_unet --conv_unet_filters 16,32,64,96 --probunet_filters 16,32,64,96 --beta 10
+    --fit crop --image_size 64 --image_channels 1 --batch_size 8 --lr 1e-3 --lr_anneal_steps 20000 --ema_rate 0.999""")
 # what lies beyond the central 64 x 64 pixels of a LIDC-IDRI patch is outlined in one slice of a hundred
 PRESETS.add("energy", "--method energy for the central 64 x 64 of 128 x 128 pixels; 4.8 million parameters, 2.1 GFLOP a"
             " scan; an hour and a half of one CPU core")(
