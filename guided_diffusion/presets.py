@@ -10,14 +10,14 @@ from .system.registry import Registry
 PRESETS = Registry("preset")
 
 # the network of the paper's code, but for its width
-_LARGE = """--image_size 128 --num_res_blocks 2 --num_heads 1 --use_scale_shift_norm False --attention_resolutions 16
-    --lr 1e-4 --batch_size 20 --ema_rate 0.9999"""
+_LARGE = """--method cimd --image_size 128 --num_res_blocks 2 --num_heads 1 --use_scale_shift_norm False
+    --attention_resolutions 16 --lr 1e-4 --batch_size 20 --ema_rate 0.9999"""
 _PUBLISHED = f"""{_LARGE} --learn_sigma True --prediction eps --diffusion_steps 1000 --noise_schedule linear
     --rescale_learned_sigmas False --rescale_timesteps False"""
 # U-Nets small enough for a CPU: they see one channel of the central pixels and predict the mask rather than the noise
-_SMALL = """--fit crop --image_channels 1 --num_channels 32 --num_res_blocks 1 --num_heads 1 --attention_resolutions 8
-    --num_filters 8,16,32 --prediction xstart --noise_schedule cosine --lr 1e-3 --lr_anneal_steps 10000 --batch_size 8
-    --ema_rate 0.999"""
+_SMALL = """--method cimd --fit crop --image_channels 1 --num_channels 32 --num_res_blocks 1 --num_heads 1
+    --attention_resolutions 8 --num_filters 8,16,32 --prediction xstart --noise_schedule cosine --lr 1e-3
+    --lr_anneal_steps 10000 --batch_size 8 --ema_rate 0.999"""
 
 PRESETS.add("cimd-published", "as the paper's code; 85.6 million parameters, 132 GFLOP a call; not scored")(
     f"--num_channels 128 {_PUBLISHED}")
