@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -211,9 +212,10 @@ def seconds(method, case, count, seed):
 
 def training(path, cores):
     """Core-hours and scans seen, blank where unknown."""
-    facts = said(path)
-    log = storage.join(storage.folder_of(path), "progress.json")
-    if not facts and storage.exists(log):
+    facts, log = {}, storage.join(storage.folder_of(path), "progress.json")
+    if checkpoint.is_safetensors(path):
+        facts = checkpoint.metadata_of(path)
+    elif storage.exists(log):
         entries = [json.loads(line) for line in storage.read_bytes(log).decode().splitlines()]
         step = checkpoint.step_of(path)
         entries = [entry for entry in entries if step is None or entry["step"] <= step]
@@ -224,17 +226,17 @@ def training(path, cores):
     return {"core-hours": facts.get("core_hours", ""), "scans seen": facts.get("scans_seen", "")}
 
 
-def said(path):
-    """What a safetensors file says of itself, {} for any other."""
-    return checkpoint.metadata_of(path) if checkpoint.is_safetensors(path) else {}
-
-
 def command(path):
-    """The command that trained it, "" if that is unknown."""
+    """The command that trained it, of the log or of the model card beside it, "" if that is unknown."""
+    if checkpoint.is_safetensors(path):
+        card = storage.join(storage.folder_of(path), f"{Path(path).stem}.md")
+        text = storage.read_bytes(card).decode() if storage.exists(card) else ""
+        _, _, section = text.partition("## Training\n")
+        lines = [line.strip() for line in section.partition("\n## ")[0].splitlines() if line.startswith("    ")]
+        return "; ".join("\n".join(lines).replace("\\\n", "").splitlines())
     log = storage.join(storage.folder_of(path), "log.txt")
     lines = storage.read_bytes(log).decode().splitlines() if storage.exists(log) else []
-    return said(path).get("training", "") or next(
-        (line.removeprefix("command: ") for line in lines if line.startswith("command: ")), "")
+    return next((line.removeprefix("command: ") for line in lines if line.startswith("command: ")), "")
 
 
 # ---- the table ----

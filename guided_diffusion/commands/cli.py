@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import dist_util
-from ..data.augment import parse_kinds
 from ..flags import FLAGS, defaults, identity_flags, idle_flags, load_plugins, settle
 from ..live.client import split_address
 from ..metrics import SCORES
@@ -31,17 +30,17 @@ JOBS = {
     "replay": ("replay", "server"),
     "export": ("export", "model", "diffusion", "method"),
 }
-_WORDS = {  # what is given without the name of a flag: its own name, what --help calls it, how many, and what it is
-    "evaluation": (("folders", "FOLDER", "*", "the --samples_dir, or two of them, to be compared"),),
-    "export": (("checkpoint", "CHECKPOINT", None, "savedmodel*.pt, emasavedmodel*.pt, or weights of the published"
-                " code"),
-               ("output", "OUT.safetensors", None, "the file to write; its SHA-256 goes beside it, to OUT.sha256")),
+_WORDS = {  # what is given without a flag: its name, how many (None: one), what --help calls it and says of it
+    "evaluation": (("folders", "*", "FOLDER", "the --samples_dir, or two of them, to be compared"),),
+    "export": (("checkpoint", None, "CHECKPOINT",
+                "savedmodel*.pt, emasavedmodel*.pt, or weights of the published code"),
+               ("output", None, "OUT.safetensors", "the file to write; its SHA-256 goes beside it, to OUT.sha256")),
 }
 _OLD_NAMES = {"evaluation": {"num_samples": "ensemble_sizes"}}  # still taken, but not in --help
 _GROUP_TITLES = {
     "model": "the network", "reading": "reading files", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
     "diffusion": "the diffusion process", "visdom": "the live view", "server": "the live view",
-    "method": "the method", "scoring": "scores (when sampling: with --evaluate True)",
+    "scoring": "scores (when sampling: with --evaluate True)",
 }
 
 
@@ -64,14 +63,14 @@ def _boolean(text):
 
 
 def _parser(job, description):
-    named = _WORDS.get(job, ())
-    usage = " ".join(["%(prog)s", *(f"[{shown} [{shown}]]" if nargs else shown for _, shown, nargs, _ in named),
+    words = _WORDS.get(job, ())
+    usage = " ".join(["%(prog)s", *(f"[{shown} ...]" if count else shown for _, count, shown, _ in words),
                       "[--flag VALUE ...]"])
     parser = _Parser(program_name(), description=as_called(description), formatter_class=_HelpFormatter,
                      allow_abbrev=False, usage=usage)
     add_version(parser)
-    for name, shown, nargs, help in named:
-        parser.add_argument(name, metavar=shown, nargs=nargs, help=help, default=argparse.SUPPRESS)
+    for name, count, shown, help in words:
+        parser.add_argument(name, metavar=shown, help=help, nargs=count, default=argparse.SUPPRESS)
     groups = {}
     for flag in sorted(FLAGS, key=lambda flag: [*JOBS[job], flag.group].index(flag.group)):
         if flag.group not in JOBS[job]:
@@ -206,7 +205,6 @@ def _check_ranges(job, args, given):
         raise InputError("--val_dir with --sample_interval 0: its cases would never be drawn")
     if "val_cases" in given and not values.get("val_dir"):
         raise InputError("--val_cases: counts cases of --val_dir; give that, too")
-    parse_kinds(values.get("augment", ""))
     if values.get("use_fp16") and values.get("use_bf16"):
         raise InputError("--use_fp16 and --use_bf16: choose one")
     if "ema_rate" in values:
