@@ -30,7 +30,7 @@ JOBS = {
     "replay": ("replay", "server"),
     "export": ("export", "model", "diffusion", "method"),
 }
-_WORDS = {  # what is given without the name of a flag: its own name, how many (None: one), what --help calls it and says
+_WORDS = {  # what is given without the name of a flag: its own name, how many (None: one), its name and words in --help
     "evaluation": (("folders", "*", "FOLDER", "the --samples_dir, or two of them, to be compared"),),
     "export": (("checkpoint", None, "CHECKPOINT",
                 "savedmodel*.pt, emasavedmodel*.pt, or weights of the published code"),
