@@ -16,7 +16,7 @@ import numpy as np
 from common import load_sampler
 from tqdm import tqdm
 
-from guided_diffusion import checkpoint, metrics
+from guided_diffusion import checkpoint, metrics, pretrained
 from guided_diffusion.commands.cli import run_script as run_main
 from guided_diffusion.data import phantoms
 from guided_diffusion.data.cases import SegmentationCases
@@ -34,7 +34,7 @@ def main():
     storage.make_folder(folder, "--output_dir")
     stored = folder / "steps.json"
     rows = json.loads(stored.read_text()) if stored.exists() else {}
-    flags = checkpoint.load_flags(storage.folder_of(args.model_path))
+    flags, _ = checkpoint.flags_of(pretrained.path_of(args.model_path))
     cases = SegmentationCases(args.data_dir, flags["image_size"], flags["image_channels"], args.fit, progress=True)
     for sampler in args.samplers.split(","):
         for spacing in args.spacings.split(","):
@@ -55,7 +55,7 @@ def main():
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", required=True, help="checkpoint with flags.json beside it")
+    parser.add_argument("--model_path", required=True, help="as for segmentation_sample.py")
     parser.add_argument("--data_dir", required=True, help="cases to score on")
     parser.add_argument("--fit", choices=FITS, default="error", help="as for segmentation_sample.py")
     parser.add_argument("--num_cases", type=int, default=100,

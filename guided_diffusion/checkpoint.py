@@ -6,6 +6,7 @@ In a results folder (a local path, or gs:// or az:// through blobfile), step in 
     emasavedmodel_<rate>_<step>.pt their exponential moving average at that rate
     optsavedmodel<step>.pt         the rest: AMN, ACN, optimiser, gradient scaler, timestep sampler, place in the data
     savedmodel.pt                  the newest weights of the U-Net
+    savedmodel_best.pt             those that drew the validation cases best, and of which step they are
     frozenmodel.pt                 weights that are never trained, of a network that has such
     flags.json                     the flags the run was started with
 
@@ -32,7 +33,9 @@ from .system.errors import InputError
 
 FLAGS_FILE = "flags.json"
 MAX_FLAGS_BYTES = 1 << 20
-NEWEST, FROZEN = "savedmodel.pt", "frozenmodel.pt"
+LISTED = 5  # weights that a message names of those that do not fit
+NEWEST, FROZEN, BEST = "savedmodel.pt", "frozenmodel.pt", "savedmodel_best.pt"
+FACTS = "about these weights"  # the entry of savedmodel_best.pt that is no weight; see save_best
 
 
 def model_name(step: int) -> str:
@@ -94,10 +97,35 @@ def load_model(model: nn.Module, path: storage.AnyPath, flag: str = "--model_pat
     """
     if is_safetensors(path):
         return load_state(model, load(path, flag), f"{flag} {path}")
-    load_state(model, load(path, flag), f"{flag} {path}", trained_state(model))
+    state = load(path, flag)
+    if isinstance(state, dict):
+        state.pop(FACTS, None)
+    load_state(model, state, f"{flag} {path}", trained_state(model))
     if frozen := frozen_state(model):
         frozen_path = storage.join(storage.folder_of(path), FROZEN)
         load_state(model, load(frozen_path, flag), f"{flag} {frozen_path}", frozen)
+
+
+def save_best(folder: storage.AnyPath, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write savedmodel_best.pt: weights, and their step, their score and a digest of the cases that it is of, which are
+    the facts {"step": int, "GED_unbiased": float, "cases": str}."""
+    save(storage.join(folder, BEST), {**weights, FACTS: dict(facts)})
+
+
+def best_facts(path: storage.AnyPath) -> dict[str, Any]:
+    """The facts that save_best was told; {} of another file of weights.
+
+    :raises InputError: if it cannot be read.
+    """
+    state = load(path, "best weights")
+    return facts_in(state.get(FACTS)) if isinstance(state, dict) else {}
+
+
+def facts_in(stored: Any) -> dict[str, Any]:
+    """What was stored, if it is facts as save_best takes them, else {}."""
+    kinds = {"step": int, "GED_unbiased": float, "cases": str}
+    alike = isinstance(stored, dict) and {name: type(value) for name, value in stored.items()} == kinds
+    return dict(stored) if alike else {}
 
 
 def load_state(model: nn.Module, state: Any, what: str, wanted: Mapping[str, Tensor] | None = None) -> None:
@@ -113,9 +141,9 @@ def load_state(model: nn.Module, state: Any, what: str, wanted: Mapping[str, Ten
     wrong = [f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
              for name in own if name in state and state[name].shape != own[name].shape]
     missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
-    parts = ([f"{len(wrong)} of another shape ({wrong[0]})"] if wrong else [])
-    for names, kind in ((missing, "missing"), (extra, "unknown")):
-        parts += [f"{len(names)} {kind} ({min(names)})"] if names else []
+    parts = [f"{len(names)} {kind} ({', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''})"
+             for names, kind in ((wrong, "of another shape"), (sorted(missing), "missing"), (sorted(extra), "unknown"))
+             if names]
     if parts:
         raise InputError(f"{what}: holds another architecture than the model flags describe: weights"
                          f" {', '.join(parts)}; give the flags it was trained with")
@@ -169,14 +197,14 @@ def files_of(folder: storage.AnyPath, step: int) -> set[str]:
 
 
 def step_of(path: storage.AnyPath) -> int | None:
-    """The step in a checkpoint's name; for savedmodel.pt, the newest beside it; None if there is none, or if it holds
-    weights alone, as a safetensors file does."""
-    if is_safetensors(path):
-        return None
-    match = re.search(r"(\d{6,})\.pt$", str(path))
+    """The step in a checkpoint's name; for savedmodel.pt, the newest beside it; for savedmodel_best.pt, that which it
+    holds; None if there is none, or if the file holds weights alone, as a safetensors file does."""
+    match, name = re.search(r"(\d{6,})\.pt$", str(path)), os.path.basename(path)
     if match:
         return int(match[1])
-    steps = steps_in(storage.folder_of(path))
+    if name == BEST:
+        return best_facts(path).get("step")
+    steps = steps_in(storage.folder_of(path)) if name == NEWEST else []
     return steps[-1] if steps else None
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from . import pretrained
+from .data.augment import AUGMENTATIONS
 from .data.readers import READERS
 from .gaussian_diffusion import SCHEDULES
 from .methods import METHODS
@@ -39,8 +40,12 @@ _COMMON = [
     Flag("weight_decay", float, 0.0, "weight decay of AdamW", "training", least=0),
     Flag("lr_anneal_steps", int, 0, "bring the learning rate linearly to 0 over so many steps, then stop (0: constant)",
          "training", least=0),
+    Flag("lr_warmup", int, 0, "bring the learning rate linearly from 0 to lr over the first so many steps (0: do not)",
+         "training", least=0),
     Flag("max_steps", int, 0, "stop after so many steps (0: go on until stopped with Ctrl-C)", "training", least=0),
     Flag("batch_size", int, 1, "examples per process and step", "training", least=1, most=10 ** 6),
+    Flag("augment", str, "", "change training examples at random, at every visit anew: any of these names, separated by"
+         f" commas. {AUGMENTATIONS.words()}", "training"),
     Flag("microbatch", int, -1, "split each batch into parts of this size to save memory; the result is the same"
          " (-1: do not)", "training"),
     Flag("ema_rate", str, "0.9999", "rates of the moving averages of the weights, separated by commas", "training"),
@@ -50,14 +55,18 @@ _COMMON = [
          " on Visdom (0: never)", "training", least=0),
     Flag("val_dir", str, "", "folder of cases as in data_dir that training does not see: those drawn every"
          " sample_interval steps are of it, and are scored (default: cases of data_dir, not scored)", "training"),
-    Flag("val_cases", int, 16, "cases of val_dir to draw 16 masks for and score, spread evenly over all; each takes 112"
-         " network calls, so that few cases or a long sample_interval suit small batches", "training", least=1),
+    Flag("val_cases", int, 200, "cases of val_dir to draw 16 masks for and score, spread evenly over all; fewer make"
+         " the choice of savedmodel_best.pt less certain. CIMD takes 112 network calls a case, so that a long"
+         " sample_interval suits small batches", "training", least=1),
     Flag("keep_checkpoints", int, 0, "checkpoints to leave in the results folder, the newest ones (0: all)", "training",
          least=0),
     Flag("save_patience", int, 3, "go on training while nothing can be saved, for so many save intervals", "training",
          least=1),
     Flag("resume_checkpoint", str, "", 'go on from this savedmodel<step>.pt ("" or auto: from the newest whole one in'
          ' the results folder, if there is one)', "training"),
+    Flag("init", str, "", "start from these weights of the same network, such as savedmodel.pt of a run on other data;"
+         " flags of the model that are not given are taken from flags.json beside them. The same command again goes on"
+         " with the run and does not start over", "training"),
     Flag("deterministic", bool, False, "the same to the last bit each time, on CUDA too, which is slower there",
          "training"),
     Flag("grad_clip", float, 0.0, "the largest norm of the gradient; a longer one is shortened to it (0: any)",
@@ -225,8 +234,13 @@ def apply_stored_flags(args: SimpleNamespace, given: dict[str, Any], stored: dic
     if clash:
         raise InputError(f"{', '.join(clash)}: not what the model in {where} was built with; leave the flag(s) away,"
                          f" or use another folder")
+    fill_flags(args, {}, stored)
+
+
+def fill_flags(args: SimpleNamespace, given: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Set those of args that say what the model is, and that the user did not give, to what is stored."""
     for flag in identity_flags():
-        if flag.name in stored and hasattr(args, flag.name):
+        if flag.name in stored and flag.name not in given and hasattr(args, flag.name):
             setattr(args, flag.name, stored[flag.name])
 
 

@@ -43,6 +43,23 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
+def relu_convolutions(channels: int, filters: int, count: int) -> list[nn.Module]:
+    """So many 3 x 3 convolutions from `channels` to `filters`, each with a ReLU behind it."""
+    layers: list[nn.Module] = []
+    for _ in range(count):
+        layers += [nn.Conv2d(channels, filters, 3, padding=1), nn.ReLU()]
+        channels = filters
+    return layers
+
+
+def initialise_for_relu(network: nn.Module) -> None:
+    """Initialise convolutions as the Probabilistic U-Net does: He et al. 2015 (arXiv 1502.01852), biases near 0."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.trunc_normal_(layer.bias, std=0.001)
+
+
 def mean_flat(x: Tensor) -> Tensor:
     """Mean over all but the batch axis: [N, ...] -> [N]."""
     return x.flatten(1).mean(1)

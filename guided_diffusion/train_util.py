@@ -113,8 +113,9 @@ class TrainLoop:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the step that follows so many."""
-        anneal = self.settings.lr_anneal_steps
-        return self.settings.lr * max(1 - step / anneal if anneal else 1, 0)
+        warmup, anneal = self.settings.lr_warmup, self.settings.lr_anneal_steps
+        rising = min((step + 1) / warmup, 1) if warmup else 1
+        return self.settings.lr * rising * max(1 - step / anneal if anneal else 1, 0)
 
     def _average(self):
         """Take the newest weights into the averages, unless the step that should have made them was skipped. It is done
@@ -134,8 +135,8 @@ class TrainLoop:
         return self._ema
 
     def rate_to_use(self) -> tuple[str, bool]:
-        """The first rate of the averages, and whether they are of use yet: less than 1 % of them is the random weights
-        that training began with."""
+        """The first rate of the averages, and whether they are of use yet: less than 1 % of them is the weights that
+        training began with."""
         rate = next(iter(self._ema))
         return rate, self.step * (1 - float(rate)) >= 5
 

@@ -12,6 +12,7 @@ from helpers.refusals import refusal, refused
 
 from guided_diffusion import checkpoint
 from guided_diffusion.commands.cli import parse_flags
+from guided_diffusion.flags import default
 from guided_diffusion.presets import PRESETS
 from guided_diffusion.script_util import create_method
 
@@ -46,6 +47,15 @@ def test_what_a_preset_says_of_the_model_is_fixed_and_how_it_is_trained_is_free(
     args, given = parse_flags("training", "", ["--preset", "cpu-32", *words])
     assert {name: getattr(args, name) for name in free} == free and args.channel_mult == "1,2,2"
     assert given.items() >= {**free, "prediction": "xstart", "image_size": 32}.items()
+
+
+def test_flags_of_a_preset_that_have_no_effect_beside_those_given_are_left_out():
+    args, given = parse_flags("training", "", ["--preset", "cpu-32", "--kl_weight", "0"])
+    assert args.kl_weight == 0 and "num_filters" not in given and args.num_filters == default("encoders", "num_filters")
+    assert "--num_filters 8: has no effect" in refusal(
+        parse_flags, "training", "", ["--preset", "cimd-published", "--kl_weight", "0", "--num_filters", "8"])
+    assert "--method energy (there: cimd)" in refusal(
+        parse_flags, "training", "", ["--preset", "cpu-32", "--method", "energy"])
 
 
 def test_other_spellings_of_what_it_says_are_refused_too():

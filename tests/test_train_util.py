@@ -200,6 +200,13 @@ def test_loop_ends_at_the_first_of_max_steps_and_lr_anneal_steps(tmp_path, max_s
     assert loop.step == end
 
 
+def test_learning_rate_rises_linearly_at_first_and_reaches_its_height_at_the_last_step_of_the_warmup(tmp_path):
+    loop = make_loop(tmp_path, lr=4e-4, lr_warmup=4)
+    assert [loop.learning_rate(step) for step in range(6)] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4, 4e-4])
+    loop = make_loop(tmp_path, lr=4e-4, lr_warmup=2, lr_anneal_steps=4)
+    assert [loop.learning_rate(step) for step in range(5)] == pytest.approx([2e-4, 3e-4, 2e-4, 1e-4, 0])
+
+
 def test_learning_rate_is_constant_without_annealing(tmp_path):
     loop = make_loop(tmp_path, lr=0.3, max_steps=10)
     assert loop.learning_rate(0) == loop.learning_rate(9) == loop.learning_rate(10 ** 6) == 0.3

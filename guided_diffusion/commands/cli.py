@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import dist_util
-from ..flags import FLAGS, defaults, identity_flags, load_plugins, settle
+from ..flags import FLAGS, defaults, identity_flags, idle_flags, load_plugins, settle
 from ..live.client import split_address
 from ..metrics import SCORES
 from ..presets import PRESETS
@@ -30,7 +30,7 @@ JOBS = {
     "replay": ("replay", "server"),
     "export": ("export", "model", "diffusion", "method"),
 }
-_WORDS = {  # what is given without the name of a flag: its own name, how many (None: one), its name and words in --help
+_WORDS = {  # what is given without a flag: its name, how many (None: one), what --help calls it and says of it
     "evaluation": (("folders", "*", "FOLDER", "the --samples_dir, or two of them, to be compared"),),
     "export": (("checkpoint", None, "CHECKPOINT",
                 "savedmodel*.pt, emasavedmodel*.pt, or weights of the published code"),
@@ -119,7 +119,7 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
         raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     given = vars(known)
     if given.get("preset"):
-        given = _with_preset(given, parser)
+        given = _with_preset(given, vars(parser.parse_args(PRESETS[given["preset"]].split())), defaults(*JOBS[job]))
     for old, new in _OLD_NAMES.get(job, {}).items():
         if old in given and new in given:
             raise InputError(f"--{old} is the old name of --{new}: give one of them")
@@ -134,18 +134,18 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
     return args, given
 
 
-def _with_preset(given: dict[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Flags that were given, with those of their --preset.
+def _with_preset(given, preset, others):
+    """Flags that were given, with those of their preset that have an effect beside them.
 
-    :raises InputError: if one that says what the model is was given otherwise than the preset has it.
+    InputError if one that says what the model is was given otherwise than the preset has it.
     """
-    preset = vars(parser.parse_args(PRESETS[given["preset"]].split()))
     clash = [f"--{flag.name} {given[flag.name]} (there: {preset[flag.name]})" for flag in identity_flags()
              if flag.name in preset and given.get(flag.name, preset[flag.name]) != preset[flag.name]]
     if clash:
         raise InputError(f"--preset {given['preset']} and {', '.join(clash)}: choose one; only how it is trained, not"
                          f" what the model is, may differ from a preset")
-    return {**preset, **given}
+    idle = idle_flags(SimpleNamespace(**{**others, **preset, **given}))
+    return {**{name: value for name, value in preset.items() if name not in idle}, **given}
 
 
 def start_script(job: str, description: str) -> tuple[SimpleNamespace, dict[str, Any]]:

@@ -21,19 +21,33 @@ import torch
 from torch import nn
 
 from .. import checkpoint, dist_util, logger
+from ..data.augment import parse_kinds
 from ..data.cases import SegmentationCases
 from ..data.readers.base import refuse_unused
 from ..data.stream import ShuffledCases
-from ..flags import apply_stored_flags, check_stored_flags, default, differing, idle_flags, stored_flags
+from ..flags import (
+    apply_stored_flags,
+    check_stored_flags,
+    default,
+    differing,
+    fill_flags,
+    identity_flags,
+    idle_flags,
+    settle,
+    stored_flags,
+)
 from ..live.views import TrainingView
 from ..methods import METHODS
+from ..methods.base import Method
 from ..nn import compile_network
+from ..pretrained import path_of
 from ..script_util import autocast_dtype, create_method, drawing_flags
 from ..system import storage
 from ..system.errors import InputError
 from ..system.terminal import summary
 from ..train_util import TrainLoop
-from ..training.resume import Checkpoints, resume
+from ..training.best import Best
+from ..training.resume import Checkpoints, resume, start_from
 from ..training.settings import Settings
 from ..training.validation import SHOWN, Validation
 from ..training.watch import BadSteps, RanksWatched
@@ -51,16 +65,14 @@ def main() -> None:
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
         check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
-        idle = idle_flags(args)
-        chosen = {name: value for name, value in vars(args).items() if name not in idle}
-        clash = [] if args.resume_checkpoint else differing(chosen, stored, "seed", "timestep_respacing")
-        if clash:
-            raise InputError(f"{', '.join(clash)}: not what the run in {folder} was started with; give the same flags"
-                             f" to go on with it, or another --results_dir to start afresh")
+        refuse_another_run(args, given, stored, folder)
         apply_stored_flags(args, given, stored, storage.folder_of(resume_from) if resume_from else folder)
+        init = path_of(args.init) if args.init and not resume_from else ""
+        unlike = take_flags(args, given, init) if init else []
         dtype = autocast_dtype(args)
         torch.manual_seed(args.seed)
         method = create_method(args)
+        started = start(method, init, unlike) if init else ""
         if resume_from:  # once more below, with all that belongs to it; here so that a bad file leaves no trace
             checkpoint.load_model(method.model, resume_from, "--resume_checkpoint")
         first = dist_util.rank() == 0
@@ -79,14 +91,17 @@ def main() -> None:
     logger.log("command:", shlex.join(sys.argv))
     for problem in passed_over:
         logger.log(f"passed over: {problem}")
+    if started:
+        logger.log(started)
     network = "U-Net" if args.network == "unet" else args.network
     logger.log(f"{len(cases)} cases from {args.data_dir}, {cases.kept}; {network} of {count(method.model):.1f} million"
                f" parameters; {world_size} process(es) on {dist_util.dev()}")
     logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
 
     validation = make_validation(args, cases, held_out, dtype) if args.sample_interval else None
-    loop = TrainLoop(method.to(dist_util.dev()), ShuffledCases(cases, args.seed), Settings.from_flags(args, dtype), [
-        RanksWatched(), BadSteps(args.max_bad_steps), *filter(None, [validation]),
+    loop = TrainLoop(method.to(dist_util.dev()), ShuffledCases(cases, args.seed, parse_kinds(args.augment)),
+                     Settings.from_flags(args, dtype), [
+        RanksWatched(), BadSteps(args.max_bad_steps), *filter(None, [validation]), Best(folder),
         Checkpoints(folder, args.save_interval, args.keep_checkpoints, args.save_patience)])
     if resume_from:
         with dist_util.all_ranks_or_none():
@@ -97,6 +112,8 @@ def main() -> None:
                         method.parts, method.parts_are, validation.cases if validation else (), enabled=first)
     loop.callbacks.append(view)
 
+    if validation:
+        announce_drawing(validation, loop)
     if args.compile:
         compile_network(method.model, dist_util.dev())
     try:
@@ -119,11 +136,26 @@ def make_validation(args: SimpleNamespace, cases: SegmentationCases, held_out: S
                       args.val_cases if held_out else SHOWN, args.seed, args.sample_interval, scored=bool(held_out))
 
 
+def announce_drawing(validation: Validation, loop: TrainLoop) -> None:
+    """Say so if a large part of the time will go into drawing the validation cases."""
+    cost, cases = validation.method(loop.method.model).cost, len(validation.cases)
+    calls = cases * (cost.scan + validation.members * cost.mask)
+    learning = 3 * validation.interval * loop.global_batch  # a backward pass takes twice as long as a forward pass
+    if calls > learning / 3:
+        logger.log(f"drawing the {cases} {validation.name} takes {calls:,} network calls every {validation.interval}"
+                   f" steps, about {100 * calls / (calls + learning):.0f} % of the time; a longer --sample_interval"
+                   f"{' or fewer --val_cases' if validation.scored else ''} would save it")
+
+
 def what_is_where(args: SimpleNamespace, folder: str, loop: TrainLoop) -> str:
     """What training has left, and the command that samples from it."""
     rate, averaged = loop.rate_to_use()
-    newest = checkpoint.ema_name(rate, loop.step) if averaged else checkpoint.NEWEST
-    rows = [("weights", storage.join(folder, checkpoint.NEWEST)),
+    chosen = checkpoint.ema_name(rate, loop.step) if averaged else checkpoint.NEWEST
+    best, rows = storage.join(folder, checkpoint.BEST), []
+    with contextlib.suppress(InputError):  # another program may have spoilt it
+        if args.val_dir and storage.exists(best) and (facts := checkpoint.best_facts(best)):
+            chosen, rows = checkpoint.BEST, [(f"best on --val_dir, step {facts['step']}", best)]
+    rows = [*rows, ("weights", storage.join(folder, checkpoint.NEWEST)),
             *((f"averaged at {rate}", storage.join(folder, checkpoint.ema_name(rate, loop.step))) for rate in loop.ema),
             *((what, os.path.join(local_folder(folder) or "", name)) for what, name in (
                 ("losses and scores", "progress.png"), ("cases drawn", "panel.png"), ("numbers", "progress.csv"),
@@ -131,7 +163,7 @@ def what_is_where(args: SimpleNamespace, folder: str, loop: TrainLoop) -> str:
     rows = [(what, path) for what, path in rows if storage.exists(path)]
     beside = os.path.join(os.path.dirname(os.path.abspath(args.data_dir)), "testing")
     scans = args.val_dir or (os.path.relpath(beside) if os.path.isdir(beside) else args.data_dir)
-    flags = ["--data_dir", scans, "--model_path", storage.join(folder, newest), "--results_dir", folder,
+    flags = ["--data_dir", scans, "--model_path", storage.join(folder, chosen), "--results_dir", folder,
              "--num_ensemble", "16", "--batch_size", "auto"]
     if "sampler" in METHODS[args.method].quick_flags(args):
         flags += ["--sampler", METHODS[args.method].quick_flags(args)["sampler"]]
@@ -145,6 +177,12 @@ def find_run(args: SimpleNamespace, folder: str) -> tuple[str | None, dict[str, 
     """The checkpoint to go on from (None: start anew), the flags beside it, and what is wrong with newer ones."""
     if args.resume_checkpoint == "auto":
         args.resume_checkpoint = ""
+    if args.resume_checkpoint and args.init:
+        raise InputError("--resume_checkpoint and --init: choose one; the first goes on with a run, the second starts a"
+                         " new one from its weights")
+    if os.path.basename(args.resume_checkpoint) == checkpoint.BEST:
+        raise InputError(f"--resume_checkpoint {args.resume_checkpoint}: holds weights to sample from, not all that"
+                         f" going on needs; name a savedmodel<step>.pt, or start a new run with --init")
     if args.resume_checkpoint:
         return args.resume_checkpoint, checkpoint.flags_of(args.resume_checkpoint)[0], []
     steps, problems = checkpoint.steps_in(folder), []
@@ -157,6 +195,40 @@ def find_run(args: SimpleNamespace, folder: str) -> tuple[str | None, dict[str, 
         raise InputError(f"{folder} holds no whole checkpoint to go on from; start afresh in another --results_dir:\n"
                          + "\n".join(problems))
     return None, {}, []
+
+
+def refuse_another_run(args: SimpleNamespace, given: dict[str, Any], stored: dict[str, Any], folder: str) -> None:
+    """InputError if the run in a folder, with these stored flags, is not the one that the flags describe."""
+    if args.resume_checkpoint:
+        return
+    out = {*idle_flags(args)}
+    if args.init:  # flags of the model that are left away are those that the run took from beside these weights
+        out |= {flag.name for flag in identity_flags()} - given.keys()
+    chosen = {name: value for name, value in vars(args).items() if name not in out}
+    if clash := differing(chosen, stored, "seed", "timestep_respacing", "init"):
+        raise InputError(f"{', '.join(clash)}: not what the run in {folder} was started with; give the same flags"
+                         f" to go on with it, or another --results_dir to start afresh")
+
+
+def take_flags(args: SimpleNamespace, given: dict[str, Any], path: str) -> list[str]:
+    """Take the flags of the model that were not given from those stored beside the weights of --init.
+
+    :returns: those that were given otherwise than stored, for a message.
+    """
+    stored, where = checkpoint.flags_of(path)
+    check_stored_flags(stored, where)
+    fill_flags(args, given, stored)
+    settle(args, given)
+    return differing(given, stored)
+
+
+def start(method: Method, path: str, unlike: list[str]) -> str:
+    """Start from the weights of --init; returns what was taken in words. `unlike`: flags unlike those stored there."""
+    otherwise = f" (flags unlike those of --init: {', '.join(unlike)})" if unlike else ""
+    try:
+        return start_from(method, path) + otherwise
+    except InputError as error:
+        raise InputError(f"{error}{otherwise}") from None
 
 
 def local_folder(folder: str) -> str | None:

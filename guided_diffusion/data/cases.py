@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -196,6 +197,11 @@ class SegmentationCases:
                                  f" is {self.image_size}; give --fit resize or --fit crop, or another --image_size")
             image, raters = fit_case(image, raters, self.image_size, self.fit, files.images[0])
         return image, masks.pack(raters)
+
+
+def digest_of(names: Iterable[str]) -> str:
+    """A hash of the names of cases, in order."""
+    return hashlib.sha256(json.dumps([*names]).encode()).hexdigest()
 
 
 def read_ahead(read: Callable, items: Iterable) -> Iterator:

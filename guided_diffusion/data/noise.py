@@ -19,6 +19,11 @@ def draw_rater(seed: int, place: int, raters: int) -> int:
     return int(np.random.default_rng([seed, 1, place]).integers(raters))
 
 
+def place_generator(seed: int, place: int) -> np.random.Generator:
+    """What the augmentation of the example at this place is drawn from."""
+    return np.random.default_rng([seed, 2, place])
+
+
 def step_noise(seed: int, places: Sequence[int], like: torch.Tensor) -> tuple[list[float], torch.Tensor]:
     """What picks the timesteps of the examples at these places, and their Gaussian noise.
 

@@ -1,7 +1,5 @@
 """The training stream: cases in random order, each with the masks of all its raters, as batches on the device."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,14 +8,15 @@ import torch
 
 from ..dist_util import to_device
 from . import masks, scaling
-from .cases import SegmentationCases, read_ahead
+from .augment import augmented
+from .cases import SegmentationCases, digest_of, read_ahead
 from .noise import draw_rater
 
 
 class Batch(NamedTuple):
     """N examples of the stream."""
 
-    image: torch.Tensor  # [N, c, S, S] uint8 or uint16; see to_floats
+    image: torch.Tensor  # [N, c, S, S] uint8 or uint16, or float32 in [0, 1]; see to_floats
     masks: torch.Tensor  # [N, R, S, S] uint8, 0 or 1; R raters at most, zeros in the place of those who are not there
     present: torch.Tensor  # [N, R] bool, on the CPU: which raters are there; the first ones of each row
     places: list[int]  # [N] in the stream
@@ -35,20 +34,24 @@ class ShuffledCases:
     Position p is place p % n of epoch p // n; every epoch is a fresh permutation of the n cases, which follows from
     (seed, epoch) alone. So the stream is the same however many processes share it, and goes on exactly where it
     stopped.
+
+    :param augment: names of augment.AUGMENTATIONS; how an example is changed follows from (seed, position) alone.
     """
 
-    def __init__(self, cases: SegmentationCases, seed: int = 0):
-        self.cases, self.seed = cases, seed
+    def __init__(self, cases: SegmentationCases, seed: int = 0, augment: Sequence[str] = ()):
+        self.cases, self.seed, self.augment = cases, seed, augment
         self._shuffled = None, None  # an epoch and its order
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image [c, S, S] uint8 or uint16 and masks [R, S, S] bool of one place in the stream."""
+        """Image [c, S, S], uint8 or uint16, or float32 in [0, 1], and masks [R, S, S] bool of one place in the
+        stream."""
         image, packed = self.cases.compact(self._number(position))
-        return image, masks.unpack(packed, *image.shape[1:])
+        raters = masks.unpack(packed, *image.shape[1:])
+        return augmented(image, raters, self.augment, self.seed, position) if self.augment else (image, raters)
 
     def digest(self) -> str:
         """A hash of the names of the cases, in order."""
-        return hashlib.sha256(json.dumps([files.name for files in self.cases.cases]).encode()).hexdigest()
+        return digest_of(files.name for files in self.cases.cases)
 
     def case_name(self, position: int) -> str:
         """The name of the case at one place in the stream."""

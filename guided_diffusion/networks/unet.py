@@ -67,8 +67,8 @@ def unet(flags: SimpleNamespace, x_channels: int = 1, out_channels: int = 1) -> 
         image_size=f.image_size, in_channels=f.image_channels + x_channels, model_channels=f.num_channels,
         out_channels=out_channels, num_res_blocks=f.num_res_blocks,
         attention_resolutions=[f.image_size // block // side for side in attention], dropout=f.dropout,
-        channel_mult=mult, num_classes=NUM_CLASSES if f.class_cond else None, use_checkpoint=f.use_checkpoint, num_heads=f.num_heads,
-        num_head_channels=f.num_head_channels, num_heads_upsample=f.num_heads_upsample,
+        channel_mult=mult, num_classes=NUM_CLASSES if f.class_cond else None, use_checkpoint=f.use_checkpoint,
+        num_heads=f.num_heads, num_head_channels=f.num_head_channels, num_heads_upsample=f.num_heads_upsample,
         unshuffle=block, use_scale_shift_norm=f.use_scale_shift_norm, resblock_updown=f.resblock_updown,
         use_new_attention_order=f.use_new_attention_order)
 

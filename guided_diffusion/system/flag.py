@@ -55,3 +55,11 @@ def parse_numbers(kind: type, text: str, flag: str) -> list:
         return [kind(part) for part in str(text).split(",")] if text else []
     except ValueError:
         raise InputError(f"--{flag} {text}: is not a list of numbers separated by commas") from None
+
+
+def parse_filters(text: str, flag: str) -> list[int]:
+    """"32,64" -> [32, 64], the filters of each block of a network; InputError naming the flag for anything else."""
+    filters = parse_numbers(int, text, flag)
+    if not filters or not all(0 < number <= 65536 for number in filters):
+        raise InputError(f"--{flag} {text}: needs a number a block, above 0 and at most 65536")
+    return filters

@@ -47,6 +47,10 @@ class Callback:
     def drawn(self, loop: Loop, cases: Sequence[Case], masks: Sequence[np.ndarray], title: str) -> None:
         """Ensembles [n, H, W] bool were drawn of these cases."""
 
+    def validated(self, loop: Loop, cases: Sequence[Case], scores: dict[str, float]) -> None:
+        """The weights of loop.rate_to_use have drawn these validation cases, with these mean scores, as
+        {"val_GED_16": ..., ...}."""
+
     def turned(self, loop: Loop, logs: bool) -> None:
         """At the end of each turn of the loop; logs: whether losses were logged in it."""
 

@@ -1,9 +1,10 @@
-"""Checkpoints of a training run: written beside it, and gone on from."""
+"""Checkpoints of a training run: written beside it, gone on from, and started from."""
 
 import math
 import operator
 
 from .. import checkpoint, dist_util, logger
+from ..methods.base import Method
 from ..networks.base import frozen_state, trained_state
 from ..system import storage
 from ..system.errors import InputError
@@ -109,6 +110,31 @@ def resume(loop: Loop, model_path: str, same_run: bool = False) -> None:
                          f" on, another --results_dir to start afresh, or --resume_checkpoint {model_path} to go on"
                          f" with these")
     logger.log(f"resumed at step {loop.step} from {model_path}")
+
+
+def start_from(method: Method, path: str) -> str:
+    """Let a new run start from weights of its network, those of --init, and from what optsavedmodel of their step has
+    of the networks that are trained along, if it is beside them.
+
+    :returns: what was taken, and what starts afresh, in words.
+    :raises InputError: for weights of another architecture, naming what differs.
+    """
+    checkpoint.load_model(method.model, path, "--init")
+    step, also = checkpoint.step_of(path), method.training_networks()
+    beside = storage.join(storage.folder_of(path), checkpoint.opt_name(step or 0))
+    stored = checkpoint.load(beside, "--init") if also and step is not None and storage.exists(beside) else {}
+    stored = stored if isinstance(stored, dict) else {}
+    taken, afresh = [], ["the optimiser"]
+    for name, network in also.items():
+        try:
+            checkpoint.load_state(network, stored.get(name), f"its {name}")
+            taken.append(name)
+        except InputError as error:
+            afresh.append(f"{name} ({error})" if name in stored else name)
+    words = [f"all weights of the network are those of {path}"]
+    if taken:
+        words.append(f"{' and '.join(taken)} {'is' if len(taken) == 1 else 'are'} of {beside}")
+    return "; ".join([*words, f"{', '.join(afresh)} start{'s' if len(afresh) == 1 else ''} afresh"])
 
 
 def state_of(loop: Loop) -> dict:

@@ -17,6 +17,7 @@ class Settings:
     lr: float = default("training", "lr")
     weight_decay: float = default("training", "weight_decay")
     lr_anneal_steps: int = default("training", "lr_anneal_steps")
+    lr_warmup: int = default("training", "lr_warmup")
     max_steps: int = default("training", "max_steps")
     ema_rate: str = default("training", "ema_rate")
     log_interval: int = default("training", "log_interval")

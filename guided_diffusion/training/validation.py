@@ -18,7 +18,7 @@ from .callback import Callback, Loop, Stopped
 
 SHOWN = 4  # cases in the panel, and members of theirs
 SCORED = 16  # members that are scored
-LOGGED = ("GED", "CI", "D_max")  # of metrics.SCORES
+LOGGED = ("GED", "GED_unbiased", "CI", "D_max")  # of metrics.SCORES
 
 
 class Validation(Callback):
@@ -75,7 +75,10 @@ class Validation(Callback):
         if masks is None:
             return {}
         loop.tell("drawn", self.cases, masks, f"{self.name} at step {loop.step}, {words}")
-        return self.means(masks)
+        means = self.means(masks)
+        if means:
+            loop.tell("validated", self.cases, means)
+        return means
 
     def draw(self, method: Callable[[], Method], on_step: Callable = lambda *_: None) -> list[np.ndarray] | None:
         """Draw the ensembles, shared among all ranks.

@@ -145,6 +145,17 @@ def test_results_folder_at_or_below_a_file_is_refused_by_both_scripts(train, sam
 
 
 @pytest.mark.parametrize("flags, words", [
+    (["--augment", "flips,mirror"], "--augment flips,mirror: there is no 'mirror'; there are flips,rot90,shift"),
+    (["--init", "nowhere.pt"], "--init nowhere.pt: no such file"),
+    (["--init", "a.pt", "--resume_checkpoint", "b000001.pt"], "--resume_checkpoint and --init: choose one"),
+    (["--resume_checkpoint", "results/savedmodel_best.pt"], "start a new run with --init"),
+    (["--lr_warmup", -1], "--lr_warmup -1: must be at least 0")])
+def test_flags_of_training_that_make_no_sense_are_refused(train, tmp_path, flags, words):
+    refused(train("results", *flags), words)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
     (["--val_dir", "nowhere", "--sample_interval", 9], "--val_dir nowhere: no such folder"),
     (["--val_dir", "data", "--sample_interval", 0], "--sample_interval 0"),
     (["--val_cases", 3], "--val_dir"), (["--visdom", "start", "--visdom_port", 0], "--visdom_port 0"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -71,14 +72,28 @@ def test_training_again_says_that_there_is_nothing_left_to_do_and_changes_no_che
 
 
 def test_training_again_goes_on_as_if_it_had_never_stopped(train, tmp_path):
-    assert train("whole", "--max_steps", 5).code == 0
-    assert train("parts", "--max_steps", 2).code == 0
-    result = train("parts", "--max_steps", 5)
+    augment = ["--augment", "flips,rot90,shift,intensity"]
+    assert train("whole", "--max_steps", 5, *augment).code == 0
+    assert train("parts", "--max_steps", 2, *augment).code == 0
+    result = train("parts", "--max_steps", 5, *augment)
     assert result.code == 0 and "resumed at step 2" in result.out
     for name in ("savedmodel000005.pt", "emasavedmodel_0.9999_000005.pt", "savedmodel.pt"):
         assert same_weights(checkpoint.load(tmp_path / "whole" / name), checkpoint.load(tmp_path / "parts" / name))
     log = (tmp_path / "parts" / "log.txt").read_text()
     assert log.count("command:") == 2 and "saved step 2" in log and "saved step 5" in log
+
+
+def test_training_says_where_the_best_weights_are_and_sampling_takes_them(train, data, run, tmp_path):
+    result = train("results", "--val_dir", data, "--sample_interval", 1, "--max_steps", 2)
+    assert result.code == 0 and result.err == ""
+    step = checkpoint.best_facts(tmp_path / "results" / checkpoint.BEST)["step"]
+    assert f"step {step} has the best GED_unbiased of the validation cases so far" in result.out
+    assert f"best on --val_dir, step {step}" in result.out
+    assert "drawing the 3 validation cases takes 336 network calls every 1 steps, about 98 % of the time" in result.out
+    words = shlex.split(result.out.splitlines()[-1])[2:]
+    assert words[words.index("--model_path") + 1] == os.path.join("results", checkpoint.BEST)
+    words[words.index("--num_ensemble") + 1] = 1
+    assert run(SAMPLE, *words).code == 0 and (tmp_path / "results" / "case0_output0.png").exists()
 
 
 def test_training_goes_on_from_a_checkpoint_elsewhere(train, tmp_path):

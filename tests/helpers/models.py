@@ -1,6 +1,7 @@
 """Networks that train and sample in a moment, and what is equal to the last bit."""
 
 import operator
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -10,11 +11,14 @@ from guided_diffusion.flags import defaults
 from guided_diffusion.methods.base import Cost, Losses, Method, select
 from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.networks.base import Denoiser
-from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_model
+from guided_diffusion.script_util import create_encoders, create_gaussian_diffusion, create_method, create_model
 
 # flags of a U-Net and a diffusion process that train and sample in a moment
 MODEL = dict(image_size=16, num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8",
              num_heads=1, diffusion_steps=30)
+# of --method probunet
+PROBUNET = dict(method="probunet", network="conv_unet", image_size=16, conv_unet_filters="4,8", conv_unet_convs=1,
+                probunet_filters="4,8", probunet_convs=1, probunet_latent_dim=3)
 SIZE = 16  # pixels a side
 
 
@@ -27,6 +31,13 @@ def make_cimd(seed=0, kl_weight=0.001, num_channels=32, dropout=0.0, use_scale_s
                          use_scale_shift_norm=use_scale_shift_norm, learn_sigma=diffusion.get("learn_sigma", False))
     encoders = create_encoders(num_filters="8,16", no_convs_per_block=2, kl_weight=kl_weight, image_channels=1)
     return CIMD(create_gaussian_diffusion(**diffusion), model, *encoders, kl_weight, schedule_sampler)
+
+
+def make_probunet(seed=0, model=None, training=True, **flags):
+    """The Probabilistic U-Net with small networks and these flags."""
+    torch.manual_seed(seed)
+    args = SimpleNamespace(**{**defaults("model", "method", "training"), **PROBUNET, "image_channels": 1, **flags})
+    return create_method(args, model, training)
 
 
 class MeanOutline(Method):

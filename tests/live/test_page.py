@@ -62,7 +62,8 @@ def test_the_page_of_a_run_has_all_windows_and_every_point_of_its_curves(server,
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
     plots = tab.ask(PLOTS)
     assert plots["losses"] == {"loss": 7, "mse": 7, "kl": 7}
-    assert plots["scores of the validation cases"] == {"GED_16": 3, "CI_16": 3, "D_max_16": 3}
+    assert plots["scores of the validation cases"] == {
+        "GED_16": 3, "GED_unbiased_16": 3, "CI_16": 3, "D_max_16": 3}
     for name in ("loss", "mse", "kl"):
         assert plots[f"{name} by quarter of the timesteps"] == {
             f"q{i}": sum(f"{name}_q{i}" in row for row in rows) for i in range(4)}

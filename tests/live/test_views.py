@@ -68,8 +68,8 @@ def test_training_shows_all_that_it_logs_and_the_validation_cases(server, run, m
         return [trace["name"] for trace in traces]
 
     assert curve("losses", ["loss", "mse", "vb", "kl"]) == ["loss", "mse", "vb", "kl"]
-    assert curve("scores of the validation cases", ["val_GED_16", "val_CI_16", "val_D_max_16"]) == [
-        "GED_16", "CI_16", "D_max_16"]
+    scores = ["GED_16", "GED_unbiased_16", "CI_16", "D_max_16"]
+    assert curve("scores of the validation cases", [f"val_{name}" for name in scores]) == scores
     assert [x for x, _ in points(windows["scores of the validation cases"])] == [2, 4]
     for name in ("loss", "mse", "vb", "kl"):
         curve(f"{name} by quarter of the timesteps", [f"{name}_q{i}" for i in range(4)])
@@ -99,7 +99,7 @@ def test_scores_of_validation_are_those_of_the_scripts_for_the_same_weights(run,
                  "--batch_size", 32)  # as validation draws: the network's rounding follows the shape of its batch
     assert result.code == 0, result.err
     means = json.loads((tmp_path / "out" / "scores.json").read_text())["all"]
-    for name in ("GED", "CI", "D_max"):
+    for name in ("GED", "GED_unbiased", "CI", "D_max"):
         assert row[f"val_{name}_16"] == pytest.approx(means[name]["mean"], abs=1e-6), name
 
 

@@ -51,14 +51,15 @@ def step(number):
 def test_every_hook_is_called_in_its_order(tmp_path):
     recorder = Recorder()
     loop = make_loop(tmp_path, MeanOutline(), max_steps=4, log_interval=2, save_interval=3, callbacks=[
-        recorder, Validation(make_cases(), lambda network: MeanOutline(model=network), count=1, interval=4)])
+        recorder, Validation(make_cases(), lambda network: MeanOutline(model=network), count=1, interval=4,
+                             scored=True)])
     loop.run_loop()
     assert order(recorder.calls) == [
         ("overdue", 0), ("begin", 0),
         *step(0), ("turned", 1),
         *step(1), ("figures", 2), ("logged", 2), ("turned", 2),
         *step(2), ("turned", 3), ("state", 3),  # a checkpoint
-        *step(3), ("doing", 4), ("drawn", 4), ("figures", 4), ("logged", 4), ("turned", 4),
+        *step(3), ("doing", 4), ("drawn", 4), ("validated", 4), ("figures", 4), ("logged", 4), ("turned", 4),
         ("end", 4), ("state", 4)]
     assert {name for name, *_ in recorder.calls} == set(HOOKS) - {"load_state"}
     again = Recorder()

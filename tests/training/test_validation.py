@@ -69,6 +69,7 @@ def test_scores_are_the_means_of_the_cases(cases):
     expected = [metrics.Agreement(drawn, case.raters) for drawn, case in zip(masks, validation.cases)]
     assert validation.means(masks) == pytest.approx({
         "val_GED_16": np.mean([each.ged().item() for each in expected]),
+        "val_GED_unbiased_16": np.mean([each.ged_unbiased().item() for each in expected]),
         "val_CI_16": np.mean([each.ci().item() for each in expected]),
         "val_D_max_16": np.mean([each.d_max().item() for each in expected])})
     assert Validation(cases, method_of, count=6).means(masks) == {}

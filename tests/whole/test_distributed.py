@@ -54,8 +54,8 @@ dist_util.cleanup()
 
 
 def watched(data):
-    """Flags that draw and score validation cases on the way."""
-    return ["--val_dir", data, "--val_cases", 3, "--sample_interval", 2]
+    """Flags that change examples at random, and draw and score validation cases on the way."""
+    return ["--augment", "flips,rot90,shift,intensity", "--val_dir", data, "--val_cases", 3, "--sample_interval", 2]
 
 
 def launchers():

@@ -177,12 +177,12 @@ print(json.dumps(metrics.scores(masks, raters)["area_error"].item()))
 
 def test_names_of_the_page_are_those_of_the_code():
     from guided_diffusion import gaussian_diffusion, metrics, predictions, samplers
-    from guided_diffusion.data import readers
+    from guided_diffusion.data import augment, readers
     from guided_diffusion.methods import METHODS
     from guided_diffusion.networks import NETWORKS
 
     tables = [predictions.PREDICTIONS, NETWORKS, METHODS, readers.READERS, metrics.SCORES, samplers.SAMPLERS,
-              gaussian_diffusion.SCHEDULES]
+              augment.AUGMENTATIONS, gaussian_diffusion.SCHEDULES]
     rows = re.findall(r"^\| .*? \| `[\w.]+\.(\w+)` \| (?:`--(\w+)`)?", PAGE, re.M)
     for table, (name, flag) in itertools.zip_longest(tables, rows):
         assert flag in ("", table.flag), name
