@@ -96,7 +96,7 @@ def test_every_flag_takes_a_value_of_its_own_kind(job):
 
 def test_evaluation_has_flags_of_its_own_and_none_of_the_model():
     args, given = parse(EVALUATION)
-    assert vars(args) == EVALUATION_FLAGS and given == {}
+    assert vars(args) == {**EVALUATION_FLAGS, "folders": []} and given == {}
     assert all(type(getattr(args, name)) is type(default) for name, default in EVALUATION_FLAGS.items())
     args, given = parse(EVALUATION, "--ensemble_sizes 2,8 --pattern {case}/{i:03d}.png --skip_missing yes --fit crop"
                                     " --local-rank=1")
