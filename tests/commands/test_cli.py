@@ -102,7 +102,7 @@ def test_evaluation_has_flags_of_its_own_and_none_of_the_model():
                                     " --local-rank=1")
     assert given == {"ensemble_sizes": "2,8", "pattern": "{case}/{i:03d}.png", "skip_missing": True, "fit": "crop",
                      "local_rank": 1}
-    assert vars(args) == {**EVALUATION_FLAGS, **given}
+    assert vars(args) == {**EVALUATION_FLAGS, "folders": [], **given}
     assert "did you mean --samples_dir?" in refusal(parse, EVALUATION, "--sample_dir x")
 
 
