@@ -12,6 +12,7 @@ from typing import Any
 from .. import dist_util
 from ..flags import FLAGS, defaults, identity_flags, idle_flags, load_plugins, settle
 from ..live.client import split_address
+from ..methods import METHODS
 from ..metrics import SCORES
 from ..presets import PRESETS
 from ..system import storage
@@ -180,7 +181,7 @@ def _check_ranges(job, args, given):
     if values.get("median_blur") and values["median_blur"] % 2 == 0:
         raise InputError(f"--median_blur {args.median_blur}: must be odd, or 0 for no filter")
     if "method" in values:
-        settle(args, given)
+        settle(args, {name: value for name, value in given.items() if not _is_early(job, name, args, given)})
     if "fp16_scale_growth" in given and not args.use_fp16 and given["fp16_scale_growth"] != defaults(
             "training")["fp16_scale_growth"]:
         raise InputError(f"--fp16_scale_growth {args.fp16_scale_growth}: only --use_fp16 True scales the loss; give"
@@ -211,6 +212,13 @@ def _check_ranges(job, args, given):
         rates = parse_numbers(float, args.ema_rate, "ema_rate")
         if not rates or not all(0 <= rate < 1 for rate in rates):
             raise InputError(f"--ema_rate {args.ema_rate}: every rate must be at least 0 and below 1")
+
+
+def _is_early(job, name, args, given):
+    """Whether a flag is of another method, which the flags stored with the weights may still turn out to name; sampling
+    settles all flags again when it has read them."""
+    owners = METHODS.owners(name)
+    return job == "sampling" and "method" not in given and bool(owners) and args.method not in owners
 
 
 def _settle_folders(args, given):

@@ -94,7 +94,10 @@ def report(summary: Mapping[str, Any]) -> str:
 
     sizes = [size for size in summary if size.isdigit()]
     head = ["score", "A", "B", "A less B", *(f"A less B, {size} masks" for size in sizes)]
-    rows = [head] + [[name, *(cell(score[part]) for part in ("A", "B", "A less B")),
+    first, second = summary["members_are"]
+    ged = {("independent", "independent"): "GED", ("spread", "spread"): "GED spread"}.get(
+        (first, second), f"GED (A {first}, B {second})")
+    rows = [head] + [[ged if name == "GED" else name, *(cell(score[part]) for part in ("A", "B", "A less B")),
                       *(cell(summary[size][name]["A less B"]) for size in sizes)]
                      for name, score in summary[ALL].items()]
     lines = [f"{letter}: {folder}, {members(*count)} masks a case, {kind}" for letter, folder, count, kind in

@@ -128,6 +128,9 @@ def test_spread_masks_are_known_as_such_wherever_they_are_scored(run, evaluate, 
     assert result.code == 0 and "| GED spread " in result.out and "ECE" not in result.out.split("left out", 1)[1]
     assert run("segmentation_sample.py", *flags, "--results_dir", "direct", "--evaluate", "True").code == 0
     assert tree(tmp_path / "direct") == tree(tmp_path / "scores")
+    predict(data, tmp_path / "others", 2)
+    result = run(SCRIPT.name, "masks", "others", "--data_dir", data)
+    assert result.code == 0 and "| GED (A spread, B independent) " in result.out and "| ECE " not in result.out
     # a run with other flags, stopped after its first case
     monkeypatch.setattr(CIMD, "independent", True)
     assert run("segmentation_sample.py", *flags, "--seed", 1, "--num_samples", 1, "--results_dir", "masks").code == 0

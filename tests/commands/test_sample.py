@@ -5,12 +5,22 @@ import shutil
 import numpy as np
 import pytest
 from helpers.files import read, times, tree
+from helpers.refusals import refused
 from PIL import Image
 
 from guided_diffusion import checkpoint, script_util
+from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.sampling import files
 
 KINDS = ["ensemble.npz", "mean.png", "montage.png", "output0.png", "output1.png", "std.png"]  # of 2 members
+
+
+def test_a_flag_of_a_method_needs_no_name_of_the_method_that_the_weights_are_of(sample, tmp_path):
+    args, given = parse_flags("sampling", "", ["--spread", "False"])
+    assert given == {"spread": False} and not args.spread
+    for flags in ([], ["--method", "cimd"]):  # but these weights are of another
+        refused(sample("results", "--spread", "False", *flags), "--spread False: is a flag of --method energy")
+    assert not (tmp_path / "results").exists()
 
 
 def test_sampling_again_skips_complete_cases_and_redoes_an_incomplete_one_identically(sample, tmp_path):
