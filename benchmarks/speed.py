@@ -2,14 +2,14 @@
 
     python benchmarks/speed.py               # everything, on CUDA if there is one; --parts unet,loader for some of it
 
-ceilings: what the machine can do at most; unet: one pass of the published U-Net, each improvement apart, then together;
-profile: which operations the time of a pass goes to; training: one step; ensemble: masks of a phantom, the published
-way against --sampler best; memory: the peak of sampling 16 masks at once; loader: examples as the training loop gets
-them against decoding their files at every visit. Variants alternate, so that other work on the machine weighs on all
-of them. Times are medians over --rounds; a ratio is the median of the rounds' own ratios to the first variant, above 1
-if better. unet and training measure the ceilings (products, and 3x3 convolutions with channels last) in their rounds,
-too, for their shares. Weights are random. Written to --output_dir: speed.md, speed.json (all rounds), speed.png (the
-ratios).
+ceilings: what the machine can do at most; unet: one pass of the published U-Net, each improvement apart, then
+together; profile: which operations the time of a pass goes to; training: one step; ensemble: masks of a phantom, the
+published way against --sampler best; one_pass: 16 masks by --preset energy against one pass of the published U-Net;
+memory: the peak of sampling 16 masks at once; loader: examples as the training loop gets them against decoding their
+files at every visit. Variants alternate, so that other work on the machine weighs on all of them. Times are medians
+over --rounds; a ratio is the median of the rounds' own ratios to the first variant, above 1 if better. unet and
+training measure the ceilings (products, and 3x3 convolutions with channels last) in their rounds, too, for their
+shares. Weights are random. Written to --output_dir: speed.md, speed.json (all rounds), speed.png (the ratios).
 """
 
 import argparse
@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from guided_diffusion import samplers, script_util
+from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.commands.cli import run_script as run_main
 from guided_diffusion.data import phantoms, stream
 from guided_diffusion.data.case_files import read_case
@@ -322,6 +323,27 @@ def measure_ensemble(args):
     return "An ensemble for one phantom", rows, f"--sampler best: {best['sampler']}, {best['sampling_steps']} steps."
 
 
+def measure_one_pass(args):
+    """16 masks of a scan by --preset energy, whatever the flags of the published U-Net are."""
+    flags = script_util.drawing_flags(parse_flags("training", "", ["--preset", "energy"])[0])
+    torch.manual_seed(0)
+    method = script_util.create_method(flags, training=False).to(DEVICE).prepare(torch.bfloat16)
+    sampler = EnsembleSampler(method, batch_size=ENSEMBLES[-1])
+    image = phantoms.make_phantom(0, 0, flags.image_size).image[None] / np.float32(255)
+    case = Case("phantom", image, np.zeros((0, *image.shape[1:]), bool))
+    half = copy.deepcopy(build(args)[0].eval()).convert_for_sampling(torch.bfloat16)
+    images = torch.from_numpy(phantom(args).image)[None].to(DEVICE)
+
+    def one_pass():
+        with torch.no_grad():
+            half(images[:, :1], torch.zeros(1, device=DEVICE), image=images)
+
+    variants = {"one pass of the published U-Net, bf16 weights": (one_pass, 1),
+                "16 masks by --preset energy, bf16": (lambda: list(sampler.ensembles([case], ENSEMBLES[-1])), 1)}
+    rows = as_rows(race(args, variants), {"ms": lambda _, own: 1e3 * median(own)})
+    return "16 masks of one scan in one pass", rows, ""
+
+
 def peak_of_sampling(args):
     """Bytes before and at the peak of sampling 16 masks at once, which the sampler's first steps show."""
     before = peak_memory()
@@ -382,7 +404,7 @@ def measure_loader(args):
 
 
 PARTS = {"ceilings": measure_ceilings, "unet": measure_unet, "profile": measure_profile, "training": measure_training,
-         "ensemble": measure_ensemble, "memory": measure_memory, "loader": measure_loader}
+         "ensemble": measure_ensemble, "one_pass": measure_one_pass, "memory": measure_memory, "loader": measure_loader}
 
 
 def draw(parts):
