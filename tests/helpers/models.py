@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from guided_diffusion.flags import defaults
+from guided_diffusion.flags import defaults, settle
 from guided_diffusion.methods.base import Cost, Losses, Method, select
 from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.networks.base import Denoiser
@@ -38,6 +38,24 @@ def make_probunet(seed=0, model=None, training=True, **flags):
     torch.manual_seed(seed)
     args = SimpleNamespace(**{**defaults("model", "method", "training"), **PROBUNET, "image_channels": 1, **flags})
     return create_method(args, model, training)
+
+
+# flags of --method energy with a network that trains and draws in a moment
+ENERGY = dict(method="energy", image_size=SIZE, image_channels=1, num_channels=32, channel_mult="1", num_res_blocks=1,
+              attention_resolutions="", pixel_unshuffle=2, latent_size=4, head_channels=8, head_width=16)
+
+
+def energy_flags(**changed):
+    """All flags of the training and the drawing of ENERGY, settled."""
+    flags = SimpleNamespace(**{**defaults("model", "diffusion", "method", "training", "sampling"), **ENERGY, **changed})
+    settle(flags, changed)
+    return flags
+
+
+def make_energy(seed=0, model=None, **changed):
+    """The energy method; to draw with independent members, of a network that draws."""
+    torch.manual_seed(seed)
+    return create_method(energy_flags(spread=False, **changed), model, training=model is None)
 
 
 class MeanOutline(Method):

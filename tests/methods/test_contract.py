@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.loops import logged, make_cases, make_loop
-from helpers.models import PROBUNET, MeanOutline, assert_same, make_probunet, weights
+from helpers.models import ENERGY, PROBUNET, MeanOutline, assert_same, make_energy, make_probunet, weights
 from helpers.processes import SAMPLE, TRAIN
 
 from guided_diffusion import Segmenter, checkpoint, logger, metrics
@@ -16,9 +16,10 @@ from guided_diffusion.sampling.ensembles import EnsembleSampler
 from guided_diffusion.training.resume import resume
 from guided_diffusion.training.validation import SCORED, Validation
 
-MADE = {"mean outline": MeanOutline, "probunet": make_probunet}  # each from a seed, or a network that draws
+# each from a seed, or a network that draws
+MADE = {"mean outline": MeanOutline, "probunet": make_probunet, "energy": make_energy}
 made = pytest.mark.parametrize("make", MADE.values(), ids=MADE)
-COMMANDS = {"probunet": PROBUNET}  # flags of training; all other tests of commands are of cimd
+COMMANDS = {"probunet": PROBUNET, "energy": ENERGY}  # flags of training; all other tests of commands are of cimd
 
 
 def test_it_trains_and_the_log_splits_its_loss_by_nothing(tmp_path):

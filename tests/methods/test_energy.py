@@ -1,41 +1,24 @@
 """--method energy: what it learns from, what it draws, and that it is trained and drawn from as any method."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers.loops import make_cases, make_loop
-from helpers.models import assert_same
+from helpers.models import energy_flags, make_energy
 
-from guided_diffusion import checkpoint, logger
+from guided_diffusion import logger
 from guided_diffusion.data.masks import to_masks
 from guided_diffusion.energy_score import energy_score
-from guided_diffusion.flags import defaults, settle
 from guided_diffusion.methods import METHODS
 from guided_diffusion.metrics import Agreement
 from guided_diffusion.sampling.ensembles import EnsembleSampler
-from guided_diffusion.script_util import create_method, drawing_flags
+from guided_diffusion.script_util import create_method
 from guided_diffusion.system.errors import InputError
-from guided_diffusion.training.resume import resume
-
-SMALL = dict(method="energy", image_size=16, image_channels=1, num_channels=32, channel_mult="1", num_res_blocks=1,
-             attention_resolutions="", pixel_unshuffle=2, latent_size=4, head_channels=8, head_width=16)
-
-
-def flags(**changed):
-    f = SimpleNamespace(**{**defaults("model", "diffusion", "method", "training"), **SMALL, **changed})
-    settle(f, changed)
-    return f
-
-
-def make_energy(seed=0, **changed):
-    torch.manual_seed(seed)
-    return create_method(flags(**changed))
 
 
 def drawer(method, **sampling):
-    return create_method(drawing_flags(flags(), **sampling), method.model, training=False).prepare()
+    return create_method(energy_flags(**sampling), method.model, training=False).prepare()
 
 
 def test_the_loss_is_the_energy_score_of_its_draws_and_of_all_raters():
@@ -74,23 +57,6 @@ def test_it_learns_how_often_and_where_raters_mark(tmp_path):
     assert abs(shares[0] - 0.25) < 0.15 and shares[1] > 0.9
 
 
-def test_it_goes_on_bit_for_bit(tmp_path):
-    def run(name, steps, seed=0, again=False):
-        (tmp_path / name).mkdir(exist_ok=True)
-        logger.configure(tmp_path / name, last_step=2 if again else 0)
-        loop = make_loop(tmp_path / name, make_energy(seed), max_steps=steps, lr=0.01, microbatch=1, ema_rate="0.5")
-        if again:
-            resume(loop, tmp_path / name / checkpoint.NEWEST)
-        loop.run_loop()
-        logger.close()
-
-    run("straight", 4)
-    run("stopped", 2)
-    run("stopped", 4, seed=1, again=True)
-    for name in [path.name for path in (tmp_path / "straight").glob("*000004.pt")]:
-        assert_same(*(checkpoint.load(tmp_path / folder / name) for folder in ("straight", "stopped")))
-
-
 @pytest.mark.parametrize("spread", [True, False])
 def test_a_mask_follows_from_its_scan_seed_case_and_number(spread):
     method = drawer(make_energy(), spread=spread)
@@ -118,7 +84,7 @@ def test_masks_are_empty_as_often_as_the_head_says_and_evenly_if_spread():
 
 def test_a_window_sees_and_draws_the_middle_and_counts_what_lies_outside():
     torch.manual_seed(0)
-    method = create_method(flags(window=8))
+    method = create_method(energy_flags(window=8))
     method.model.head.empty.bias.data.fill_(-30.0)
     method.model.head.out.bias.data.fill_(9.0)
     cases = make_cases(count=2)
@@ -150,11 +116,11 @@ def test_a_window_sees_and_draws_the_middle_and_counts_what_lies_outside():
 ])
 def test_flags_that_make_no_such_method_are_refused(wrong, words):
     with pytest.raises(InputError) as refused:
-        create_method(flags(**wrong))
+        create_method(energy_flags(**wrong))
     assert all(word in str(refused.value) for word in words)
 
 
 def test_it_is_a_method_of_the_table_that_draws_in_one_pass():
-    method = METHODS["energy"].from_flags(flags())
+    method = METHODS["energy"].from_flags(energy_flags())
     assert method.cost == (1, 0) and method.steps == 1 and method.advice == ""
-    assert METHODS["energy"].quick_flags(flags()) == {"spread": False}
+    assert METHODS["energy"].quick_flags(energy_flags()) == {"spread": False}
