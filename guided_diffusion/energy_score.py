@@ -48,33 +48,16 @@ class Energy(NamedTuple):
     among_draws: Tensor  # mean distance of two draws
 
 
-def energy_score(draws: Tensor, raters: Tensor, present: Tensor, empty: Tensor | None = None, dummy: float = 0.0
-                 ) -> Energy:
-    """The score of a model whose mask is empty with one probability, and else one of these draws.
+def energy_score(draws: Tensor, raters: Tensor, present: Tensor, dummy: float = 0.0) -> Energy:
+    """The energy score of independent draws against the masks of several raters.
 
-    The mean over what is empty and what is not is taken exactly, so the gradient of the probability has no noise.
-
-    :param draws: [N, n, P] in [0, 1], independent, n >= 2.
+    :param draws: [N, n, P] in [0, 1], n >= 2.
     :param raters: [N, m, P], 0 or 1.
-    :param present: [N, m], which raters are there, at least one a scan.
-    :param empty: [N], the probability of an empty mask; None: 0.
+    :param present: [N, m] bool, which raters count. Where none does, their distance is 0.
     :param dummy: see soft_jaccard; above 0 for a gradient that is finite everywhere.
     """
     n = draws.shape[1]
-    share = present.to(draws.dtype)
-    share = share / share.sum(1, keepdim=True)  # [N, m]
-    to_raters = (soft_jaccard_to_binary(draws, raters, dummy).mean(1) * share).sum(1)
-    among = soft_jaccard(draws, draws, dummy).sum((1, 2)) / (n * (n - 1))  # the diagonal is 0
-    if empty is not None:
-        something = 1 - empty
-        rater_from_empty = (_from_empty(raters, dummy) * share).sum(1)
-        draw_from_empty = _from_empty(draws, dummy).mean(1)
-        to_raters = empty * rater_from_empty + something * to_raters
-        among = 2 * empty * something * draw_from_empty + something ** 2 * among
-    return Energy(2 * to_raters - among, to_raters, among)
-
-
-def _from_empty(masks, dummy):
-    """The distance of masks from the empty one: [N, n]."""
-    area = masks.sum(-1)
-    return _jaccard(area, area, dummy)
+    counted = present.sum(1).clamp_min(1)
+    to_raters = (soft_jaccard_to_binary(draws, raters, dummy).mean(1) * present).sum(1) / counted
+    among_draws = soft_jaccard(draws, draws, dummy).sum((1, 2)) / (n * (n - 1))  # the diagonal is 0
+    return Energy(2 * to_raters - among_draws, to_raters, among_draws)

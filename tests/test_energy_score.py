@@ -46,29 +46,17 @@ def test_binary_draws_get_ged_unbiased_plus_the_raters_distance():
             assert energy.score[scan] == 2 * energy.to_raters[scan] - energy.among_draws[scan]
 
 
-def test_what_is_empty_with_a_probability_is_the_mean_over_both():
-    """The score with `empty` is the mean of the score over sets of which each member is empty with that chance."""
-    generator = torch.Generator().manual_seed(2)
-    draws, raters = random_masks(generator, 1, 3, 6).double(), random_masks(generator, 1, 4, 6).double()
-    for dummy, empty in ((0.0, 0.3), (1.5, 0.8), (1.5, 0.0), (1.5, 1.0)):
-        mean = 0
-        for gone in itertools.product([False, True], repeat=3):
-            chance = np.prod([empty if one else 1 - empty for one in gone])
-            left = draws * ~torch.tensor(gone)[None, :, None]
-            mean += chance * energy_score(left, raters, everyone(raters), dummy=dummy).score
-        score = energy_score(draws, raters, everyone(raters), torch.tensor([empty], dtype=torch.float64), dummy).score
-        torch.testing.assert_close(score, mean, rtol=0, atol=1e-12)
-
-
 def test_raters_who_are_not_there_do_not_count():
     generator = torch.Generator().manual_seed(3)
     draws, raters = torch.rand(2, 3, 9, generator=generator), random_masks(generator, 2, 4, 9).float()
     present = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    score = energy_score(draws, raters, present, torch.tensor([0.2, 0.4]), 1.0).score
-    alone = energy_score(draws[:1], raters[:1, :2], present[:1, :2], torch.tensor([0.2]), 1.0).score
+    score = energy_score(draws, raters, present, 1.0).score
+    alone = energy_score(draws[:1], raters[:1, :2], present[:1, :2], 1.0).score
     torch.testing.assert_close(score[:1], alone)
     raters[0, 2:] = 1
-    torch.testing.assert_close(energy_score(draws, raters, present, torch.tensor([0.2, 0.4]), 1.0).score, score)
+    torch.testing.assert_close(energy_score(draws, raters, present, 1.0).score, score)
+    nobody = energy_score(draws, raters, torch.zeros_like(present), 1.0)
+    assert (nobody.to_raters == 0).all() and torch.equal(nobody.score, -nobody.among_draws)
 
 
 @pytest.mark.parametrize("dummy", [0.0, 1.0, 4.0])
@@ -95,13 +83,12 @@ def test_the_truth_is_the_only_minimiser(dummy):
 def test_gradients_match_finite_differences_and_are_finite_at_empty_masks():
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    empty = torch.rand(2, generator=generator, dtype=torch.float64, requires_grad=True)
     raters = random_masks(generator, 2, 4, 5).double()
     assert torch.autograd.gradcheck(
-        lambda x, q: energy_score(x.sigmoid(), raters, everyone(raters), q, 0.5).score, (logits, empty))
+        lambda x: energy_score(x.sigmoid(), raters, everyone(raters), 0.5).score, (logits,))
 
     for draws in (torch.zeros(1, 4, 6), torch.ones(1, 4, 6)):
         for masks in (torch.zeros(1, 2, 6), torch.ones(1, 2, 6)):
             x = draws.clone().requires_grad_()
-            energy_score(x, masks, everyone(masks), torch.tensor([0.5]), 1e-3).score.sum().backward()
+            energy_score(x, masks, everyone(masks), 1e-3).score.sum().backward()
             assert x.grad.isfinite().all()

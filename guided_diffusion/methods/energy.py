@@ -1,11 +1,14 @@
 """Training on the score itself: one pass over a scan, then one small head a mask.
 
-A network turns the scan into features. A head turns them and fresh noise into one mask: a latent z, alike over the
-whole mask, and smooth noise at a few scales. The loss is the energy score of energy_score.py, whose mean is
-GED_unbiased plus a constant, against all raters of a scan at once. Nothing is diffused.
+A network turns the scan into features. A head says how probable it is that an expert marks nothing. It also turns the
+features and fresh noise into the mask of one who marks something: a latent z, alike over the whole mask, and smooth
+noise at a few scales. Nothing is diffused. All raters of a scan count in every step, by two proper scores:
 
-Whether an expert marks anything at all decides most of GED on LIDC-IDRI. So the head says the probability of an empty
-mask itself, and the score takes its mean over empty and not exactly.
+    whether    the cross-entropy of the probability of an empty mask
+    where      the energy score of draws against the masks that are not empty, see energy_score.py
+
+Whether an expert marks anything decides most of GED on LIDC-IDRI. With a probability of its own, its gradient has no
+noise, and no draw has to be half a mask.
 """
 
 import contextlib
@@ -120,15 +123,15 @@ def smooth_noise(normal: Tensor, height: int, width: int) -> Tensor:
                       for grid, size in zip(grids, sizes)], 1)
 
 
-@METHODS.add("energy", "one pass a scan, trained on the energy score: GED itself", FLAGS)
+@METHODS.add("energy", "one pass a scan, trained on the energy score, which GED is", FLAGS)
 class EnergyMethod(Method):
-    """A generator of masks trained on the energy score with the Jaccard distance.
+    """A generator of masks that is trained on whether experts mark something, and where.
 
     :param draws: masks drawn of each scan in a step; dummy: see energy_score.soft_jaccard.
     :param spread: whether the members of a case are spread evenly over the distribution, see data.noise.spread_noise.
     """
 
-    loss_names = ["loss", "to_raters", "among_draws"]
+    loss_names = ["loss", "whether", "where"]
     cost = Cost(scan=1, mask=0)
 
     def __init__(self, model: MaskGenerator, draws: int = 8, dummy: float = 2.0, spread: bool = True):
@@ -174,13 +177,17 @@ class EnergyMethod(Method):
         features, summary, empty = self.model(batch.image)
         logits = self.model.head.draw(*(x.repeat_interleave(draws, 0) for x in (features, summary)),
                                       *self._noise(normal.flatten(0, 1), height, width))
-        unseen = batch.masks.sum((2, 3)) - raters.sum((2, 3))  # counts as one more pixel, which no draw fills
+        area = batch.masks.sum((2, 3))  # [N, R]
+        unseen = area - raters.sum((2, 3))  # counts as one more pixel, which no draw fills
+        present = batch.present.to(area.device)
+        marked = present & (area > 0)
+        share = marked.sum(1) / present.sum(1)
         with torch.autocast(logits.device.type, enabled=False):
+            whether = F.binary_cross_entropy_with_logits(empty, 1 - share, reduction="none")
             energy = energy_score(F.pad(logits.sigmoid().reshape(scans, draws, -1), (0, 1)),
-                                  torch.cat([raters.flatten(2), unseen[:, :, None]], 2),
-                                  batch.present.to(logits.device), empty.sigmoid(), self.dummy)
-        return Losses({"loss": energy.score, "to_raters": energy.to_raters, "among_draws": energy.among_draws},
-                      torch.ones_like(energy.score))
+                                  torch.cat([raters.flatten(2), unseen[:, :, None]], 2), marked, self.dummy)
+        where = share * energy.score
+        return Losses({"loss": whether + where, "whether": whether, "where": where}, torch.ones_like(share))
 
     def _noise_numbers(self, height, width):
         return self.model.head.latent + sum(map(math.prod, noise_sizes(height, width)))

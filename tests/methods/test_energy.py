@@ -9,6 +9,7 @@ from helpers.models import energy_flags, make_energy
 
 from guided_diffusion import logger
 from guided_diffusion.data.masks import to_masks
+from guided_diffusion.data.stream import Batch
 from guided_diffusion.energy_score import energy_score
 from guided_diffusion.methods import METHODS
 from guided_diffusion.metrics import Agreement
@@ -21,15 +22,14 @@ def drawer(method, **sampling):
     return create_method(energy_flags(**sampling), method.model, training=False).prepare()
 
 
-def test_the_loss_is_the_energy_score_of_its_draws_and_of_all_raters():
-    """Over and over with fresh noise, it has the mean of GED_unbiased of thresholded draws where those are binary."""
+def test_every_example_has_a_loss_of_its_own_that_follows_from_its_place():
     method = make_energy(energy_draws=3, energy_dummy=0.5)
     loop = make_loop("unused", method, make_cases(raters=[1, 4, 2, 3, 5]))
     batch = next(loop.data.batches(4))
     batch = batch._replace(image=batch.image / 255.0, masks=batch.masks.float())
     losses = method(batch)
     assert set(losses.terms) == set(method.loss_names) and losses.terms["loss"].shape == (4,)
-    torch.testing.assert_close(losses.terms["loss"], 2 * losses.terms["to_raters"] - losses.terms["among_draws"])
+    torch.testing.assert_close(losses.terms["loss"], losses.terms["whether"] + losses.terms["where"])
     for i in range(4):  # what an example gets does not depend on the rest of its batch
         torch.testing.assert_close(method(batch.rows(slice(i, i + 1))).terms["loss"], losses.terms["loss"][i:i + 1])
     again = method(batch._replace(places=[place + 5 for place in batch.places])).terms["loss"]
@@ -45,7 +45,7 @@ def test_it_learns_how_often_and_where_raters_mark(tmp_path):
         case.raters[:marked, 4:10, 3:9] = True
     logger.configure(tmp_path)
     method = make_energy()
-    make_loop(tmp_path, method, cases, lr=0.01, max_steps=150, log_interval=50).run_loop()
+    make_loop(tmp_path, method, cases, lr=0.01, max_steps=300, log_interval=100).run_loop()
     logger.close()
     drawn = EnsembleSampler(drawer(method, spread=False), batch_size=50).ensembles(cases, 200)
     shares = []
@@ -80,6 +80,26 @@ def test_masks_are_empty_as_often_as_the_head_says_and_evenly_if_spread():
         sampler = EnsembleSampler(drawer(method, spread=spread), batch_size=64)
         samples = next(sampler.ensembles(make_cases(count=1), 64))[1]
         assert abs((to_masks(samples).any((1, 2))).mean() - 0.25) < apart
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_loss_is_two_scores_of_all_raters(dtype):
+    """Of binary draws, all the same: the cross-entropy of the share of raters who mark nothing, and the mean distance
+    from the others' masks, counted as often as there are such."""
+    method = make_energy(energy_dummy=2.0)
+    method.model.head.empty.bias.data.fill_(float(np.log(3)))  # empty in three of four
+    method.model.head.out.bias.data.fill_(90.0)  # else everything
+    masks = torch.zeros(3, 4, 16, 16)
+    masks[0, 1, :8], masks[0, 2, :4], masks[1, 0, 2:6, 2:6] = 1, 1, 1
+    present = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        losses = method(Batch(torch.rand(3, 1, 16, 16), masks, present, [5, 6, 7], 0))
+    distances = [1 - (128 + 2) / 258, 1 - (64 + 2) / 258], [1 - (16 + 2) / 258], []
+    for i, (d, raters) in enumerate(zip(distances, (4, 2, 3))):
+        share = len(d) / raters
+        assert losses.terms["whether"][i].item() == pytest.approx(
+            -(1 - share) * np.log(0.75) - share * np.log(0.25), rel=1e-2)
+        assert losses.terms["where"][i].item() == pytest.approx(2 * sum(d) / raters, rel=1e-5, abs=1e-7)
 
 
 def test_a_window_sees_and_draws_the_middle_and_counts_what_lies_outside():
