@@ -151,13 +151,14 @@ def load_state(model: nn.Module, state: Any, what: str, wanted: Mapping[str, Ten
 
 
 def load_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
-    """Load the moments of AdamW, not its flags; almost any exception if they are not those of its parameters."""
+    """Load the moments of an optimiser, not its flags; almost any exception if they are not those of its parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {number: dict(entry) for number, entry in stored["state"].items()}
     if state and state.keys() != set(range(len(parameters))):
         raise ValueError(f"moments of {len(state)} parameters, not {len(parameters)}")
     for number, entry in state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
+        matrix = parameters[number] in getattr(optimizer, "matrices", ())
+        for name in ("momentum",) if matrix else ("exp_avg", "exp_avg_sq"):
             if not is_plain(entry[name]) or entry[name].shape != parameters[number].shape:
                 raise ValueError(f"moments of another shape or kind for parameter {number}")
             # a fused step takes their memory to be laid out like the parameter's, and looks no further

@@ -36,8 +36,10 @@ _COMMON = [
     Flag("preset", PRESETS, "", "a set of flags; of those, the ones of training may be given otherwise", "training"),
     Flag("data_dir", str, "./data/training", "folder with one folder a case: image_<n>.jpg, label0_.jpg, ...",
          "training"),
-    Flag("lr", float, 1e-4, "learning rate of AdamW", "training", least=0),
-    Flag("weight_decay", float, 0.0, "weight decay of AdamW", "training", least=0),
+    Flag("optimizer", ("adamw", "muon"), "adamw", "muon takes steps of orthogonal matrices for the weights of layers,"
+         " and AdamW's for the rest: fewer steps to the same loss", "training"),
+    Flag("lr", float, 1e-4, "learning rate", "training", least=0),
+    Flag("weight_decay", float, 0.0, "weight decay", "training", least=0),
     Flag("lr_anneal_steps", int, 0, "bring the learning rate linearly to 0 over so many steps, then stop (0: constant)",
          "training", least=0),
     Flag("lr_warmup", int, 0, "bring the learning rate linearly from 0 to lr over the first so many steps (0: do not)",

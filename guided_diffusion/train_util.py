@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from . import dist_util, logger
 from .data.noise import seed_dropout
 from .data.stream import Batch, ShuffledCases, to_floats
 from .methods.base import Losses, Method
+from .muon import MuonAdamW
 from .networks.base import copy_sharing_frozen, train_mode
 from .nn import update_ema
 from .system.terminal import progress
@@ -42,7 +44,8 @@ class TrainLoop:
         self.device = self.trained[0].device
         if self.device.type == "cuda":
             method.model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(self.trained, settings.lr, weight_decay=settings.weight_decay, fused=True)
+        kind = {"adamw": partial(torch.optim.AdamW, fused=True), "muon": MuonAdamW}[settings.optimizer]
+        self.optimizer = kind(self.trained, settings.lr, weight_decay=settings.weight_decay)
         # float16 as in guided-diffusion: a scale of 2**20 that grows a little each step and halves on overflow
         self.scaler = torch.amp.GradScaler(
             self.device.type, init_scale=2.0 ** 20, growth_factor=2.0 ** settings.fp16_scale_growth, growth_interval=1,

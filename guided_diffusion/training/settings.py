@@ -14,6 +14,7 @@ class Settings:
 
     batch_size: int = default("training", "batch_size")  # of this process
     microbatch: int = default("training", "microbatch")
+    optimizer: str = default("training", "optimizer")
     lr: float = default("training", "lr")
     weight_decay: float = default("training", "weight_decay")
     lr_anneal_steps: int = default("training", "lr_anneal_steps")
