@@ -216,9 +216,9 @@ def _check_ranges(job, args, given):
 
 def _is_early(job, name, args, given):
     """Whether a flag is of another method, which the flags stored with the weights may still turn out to name; sampling
-    settles all flags again when it has read them."""
+    and --init settle all flags again when they have read them."""
     owners = METHODS.owners(name)
-    return job == "sampling" and "method" not in given and bool(owners) and args.method not in owners
+    return (job == "sampling" or bool(given.get("init"))) and "method" not in given and bool(owners) and args.method not in owners
 
 
 def _settle_folders(args, given):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers.files import tree
-from helpers.models import same_weights
+from helpers.models import ENERGY, same_weights
 from helpers.processes import TRAIN
 from helpers.refusals import refused
 
@@ -76,3 +76,14 @@ def test_the_best_weights_are_started_from_with_the_encoders_of_their_step_if_th
     shutil.rmtree(tmp_path / "tuned")
     result = tune("--init", "first/savedmodel_best.pt", "--max_steps", 1)
     assert "prior are of first/optsavedmodel000002.pt" in result.out
+
+
+def test_the_method_of_the_weights_decides_which_flags_have_an_effect(run, make_cases, tune, tmp_path):
+    flags = [word for name, value in ENERGY.items() for word in (f"--{name}", value)]
+    first = run(TRAIN, "--data_dir", make_cases(tmp_path / "data"), "--results_dir", "first", *flags, "--max_steps", 1)
+    assert first.code == 0, first.err
+    refused(tune("--init", "first/savedmodel.pt", "--beta", 3, "--max_steps", 1), "--beta 3", "--method is energy")
+    refused(tune("--init", "pretrained:nobody", "--max_steps", 1), "pretrained:nobody", "pretrained:phantoms")
+    result = tune("--init", "first/savedmodel.pt", "--energy_draws", 3, "--max_steps", 1)
+    assert result.code == 0 and result.err == "", result.err
+    assert json.loads((tmp_path / "tuned" / "flags.json").read_text())["energy_draws"] == 3
