@@ -218,7 +218,8 @@ def _is_early(job, name, args, given):
     """Whether a flag is of another method, which the flags stored with the weights may still turn out to name; sampling
     and --init settle all flags again when they have read them."""
     owners = METHODS.owners(name)
-    return (job == "sampling" or bool(given.get("init"))) and "method" not in given and bool(owners) and args.method not in owners
+    reads_weights = job == "sampling" or bool(given.get("init"))
+    return reads_weights and "method" not in given and bool(owners) and args.method not in owners
 
 
 def _settle_folders(args, given):

