@@ -144,3 +144,14 @@ def test_it_is_a_method_of_the_table_that_draws_in_one_pass():
     method = METHODS["energy"].from_flags(energy_flags())
     assert method.cost == (1, 0) and method.steps == 1 and method.advice == ""
     assert METHODS["energy"].quick_flags(energy_flags()) == {"spread": False}
+
+
+def test_no_pattern_of_the_blocks_of_pixels_is_left_in_a_mask():
+    """The four pixels of a block are four channels of the last layer; a constant that differs between them would be a
+    chequerboard."""
+    head = make_energy().model.head
+    head.out.weight.data.zero_()
+    for bias, expected in (([3.0, -3.0, -3.0, 3.0], 0.0), ([3.0, 3.0, -3.0, -3.0], 0.0), ([2.0] * 4, 2.0)):
+        head.out.bias.data.copy_(torch.tensor(bias))
+        logits = head.draw(torch.randn(2, 8, 8, 8), torch.randn(2, 16), torch.randn(2, 4), torch.randn(2, 3, 8, 8))
+        torch.testing.assert_close(logits[:, 1:-1, 1:-1], torch.full((2, 14, 14), expected))
