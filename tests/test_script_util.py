@@ -41,7 +41,7 @@ PUBLISHED_DIFFUSION = dict(
 # ---- published names ----
 
 @pytest.mark.parametrize("function, published, own", [
-    (create_model, PUBLISHED_MODEL, {"image_channels": 4}),
+    (create_model, PUBLISHED_MODEL, {"image_channels": 4, "pixel_unshuffle": 1}),
     (create_gaussian_diffusion, PUBLISHED_DIFFUSION, {"prediction": "", "diffusion_steps": None})])
 def test_published_functions_take_the_published_arguments_with_their_defaults(function, published, own):
     parameters = inspect.signature(function).parameters

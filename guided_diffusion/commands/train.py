@@ -69,7 +69,7 @@ def main() -> None:
         apply_stored_flags(args, given, stored, storage.folder_of(resume_from) if resume_from else folder)
         init = path_of(args.init) if args.init and not resume_from else ""
         unlike = take_flags(args, given, init) if init else []
-        dtype = autocast_dtype(args)
+        dtype, augment = autocast_dtype(args), parse_kinds(args.augment)
         torch.manual_seed(args.seed)
         method = create_method(args)
         started = start(method, init, unlike) if init else ""
@@ -99,7 +99,7 @@ def main() -> None:
     logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
 
     validation = make_validation(args, cases, held_out, dtype) if args.sample_interval else None
-    loop = TrainLoop(method.to(dist_util.dev()), ShuffledCases(cases, args.seed, parse_kinds(args.augment)),
+    loop = TrainLoop(method.to(dist_util.dev()), ShuffledCases(cases, args.seed, augment),
                      Settings.from_flags(args, dtype), [
         RanksWatched(), BadSteps(args.max_bad_steps), *filter(None, [validation]), Best(folder),
         Checkpoints(folder, args.save_interval, args.keep_checkpoints, args.save_patience)])

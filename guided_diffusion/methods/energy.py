@@ -37,8 +37,8 @@ BLOCK = 2  # the head works at half resolution, and each of its places draws BLO
 POOLS = 4  # weighted means over the scan
 
 FLAGS = [
-    Flag("window", int, 0, "see and draw the central so many pixels of a side only, where a scan is centred on what is"
-         " outlined: sooner; beyond it masks are empty (0: the whole scan)", "method", least=0),
+    Flag("field_of_view", int, 0, "see and draw the central so many pixels of a side only, for scans that are centred on what"
+         " is outlined; beyond them masks are empty (0: the whole scan)", "method", least=0),
     Flag("latent_size", int, 16, "numbers of noise that shape a whole mask", "method", least=1, most=1024),
     Flag("head_channels", int, 32, "channels of the head that draws a mask", "method", least=1, most=1024),
     Flag("head_width", int, 256, "width of the head's fully connected layers", "method", least=1, most=65536),
@@ -92,12 +92,12 @@ class MaskHead(nn.Module):
 class MaskGenerator(nn.Module):
     """The network that draws: one that sees the scan alone, and the head.
 
-    :param window: the side of the central part of scans that is seen and drawn; 0: all.
+    :param field_of_view: the side of the central part of scans that is seen and drawn; 0: all.
     """
 
-    def __init__(self, network: nn.Module, head: MaskHead, window: int = 0):
+    def __init__(self, network: nn.Module, head: MaskHead, field_of_view: int = 0):
         super().__init__()
-        self.network, self.head, self.window = network, head, window
+        self.network, self.head, self.field_of_view = network, head, field_of_view
         self.frozen = tuple(f"network.{part}" for part in getattr(network, "frozen", ()))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +108,7 @@ class MaskGenerator(nn.Module):
 
     def seen(self, x: Tensor) -> Tensor:
         """The part of scans or masks [..., H, W] that is seen."""
-        top, left = ((side - self.window) // 2 if self.window else 0 for side in x.shape[-2:])
+        top, left = ((side - self.field_of_view) // 2 if self.field_of_view else 0 for side in x.shape[-2:])
         return x[..., top:x.shape[-2] - top, left:x.shape[-1] - left]
 
 
@@ -145,16 +145,16 @@ class EnergyMethod(Method):
     @classmethod
     def from_flags(cls, flags: SimpleNamespace, model: nn.Module | None = None, training: bool = True
                    ) -> "EnergyMethod":
-        if (flags.image_size - flags.window) % 2 or flags.image_size % BLOCK:
-            raise InputError(f"--image_size {flags.image_size}, --window {flags.window}: --method energy needs even"
-                             f" numbers")
-        if flags.window > flags.image_size:
-            raise InputError(f"--window {flags.window}: is larger than --image_size {flags.image_size}")
+        if (flags.image_size - flags.field_of_view) % 2 or flags.image_size % BLOCK:
+            raise InputError(f"--image_size {flags.image_size}, --field_of_view {flags.field_of_view}: --method"
+                             f" energy needs even numbers")
+        if flags.field_of_view > flags.image_size:
+            raise InputError(f"--field_of_view {flags.field_of_view}: is larger than --image_size {flags.image_size}")
         if model is None:
-            seen = SimpleNamespace(**{**vars(flags), "image_size": flags.window or flags.image_size})
+            seen = SimpleNamespace(**{**vars(flags), "image_size": flags.field_of_view or flags.image_size})
             features = flags.head_channels * 2 // BLOCK ** 2
             head = MaskHead(features, flags.head_channels, flags.latent_size, flags.head_width)
-            model = MaskGenerator(NETWORKS[flags.network](seen, 0, features), head, flags.window)
+            model = MaskGenerator(NETWORKS[flags.network](seen, 0, features), head, flags.field_of_view)
         return cls(model, flags.energy_draws, flags.energy_dummy) if training else cls(model, spread=flags.spread)
 
     @classmethod

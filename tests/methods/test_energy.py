@@ -102,9 +102,9 @@ def test_the_loss_is_two_scores_of_all_raters(dtype):
         assert losses.terms["where"][i].item() == pytest.approx(2 * sum(d) / raters, rel=1e-5, abs=1e-7)
 
 
-def test_a_window_sees_and_draws_the_middle_and_counts_what_lies_outside():
+def test_a_field_of_view_sees_and_draws_the_middle_and_counts_what_lies_outside():
     torch.manual_seed(0)
-    method = create_method(energy_flags(window=8))
+    method = create_method(energy_flags(field_of_view=8))
     method.model.head.empty.bias.data.fill_(-30.0)
     method.model.head.out.bias.data.fill_(9.0)
     cases = make_cases(count=2)
@@ -131,8 +131,8 @@ def test_a_window_sees_and_draws_the_middle_and_counts_what_lies_outside():
 @pytest.mark.parametrize("wrong, words", [
     (dict(energy_draws=1), ["--energy_draws 1", "2 or more"]),
     (dict(energy_dummy=0.0), ["--energy_dummy 0", "above 0"]),
-    (dict(window=32), ["--window 32", "--image_size 16"]),
-    (dict(window=7), ["--window 7", "even"]),
+    (dict(field_of_view=32), ["--field_of_view 32", "--image_size 16"]),
+    (dict(field_of_view=7), ["--field_of_view 7", "even"]),
 ])
 def test_flags_that_make_no_such_method_are_refused(wrong, words):
     with pytest.raises(InputError) as refused:

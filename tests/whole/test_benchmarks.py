@@ -203,7 +203,8 @@ def test_every_part_is_measured_and_written(speed, tmp_path):
     assert text.strip() in done.out and "torch" in text.splitlines()[0] and "1 CPU threads" in text.splitlines()[0]
     assert (tmp_path / "out" / "speed.png").read_bytes().startswith(b"\x89PNG")
     parts = json.loads((tmp_path / "out" / "speed.json").read_text())["parts"]
-    assert list(parts) == ["ceilings", "unet", "profile", "training", "ensemble", "memory", "loader"]
+    assert list(parts) == ["ceilings", "unet", "profile", "training", "ensemble", "one_pass", "memory",
+                           "loader"]
     for part, rows in parts.items():
         assert len(rows) > 1 and (rows[0]["ratio"] == 1 or part == "profile")
         for row in rows:
