@@ -37,7 +37,7 @@ BLOCK = 2  # the head works at half resolution, and each of its places draws BLO
 POOLS = 4  # weighted means over the scan
 
 FLAGS = [
-    Flag("field_of_view", int, 0, "see and draw the central so many pixels of a side only, for scans that are centred on"
+    Flag("field_of_view", int, 0, "see and draw the central so many pixels of a side only, for scans centred on"
          " what is outlined; beyond them masks are empty (0: the whole scan)", "method", least=0),
     Flag("latent_size", int, 16, "numbers of noise that shape a whole mask", "method", least=1, most=1024),
     Flag("head_channels", int, 32, "channels of the head that draws a mask", "method", least=1, most=1024),
