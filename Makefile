@@ -1,5 +1,5 @@
 # make: install the package with all that belongs to it into .venv. make demo: train a small model for a few minutes,
-# draw and score ensembles for data/testing; http://localhost:8097 shows it. make test: run the tests. make lint: ruff.
+# draw and score ensembles for data/testing, beside those of shipped weights; http://localhost:8097 shows it. make test: run the tests. make lint: ruff.
 # make visdom: the server for the live view of runs, http://localhost:8097.
 # They install into .venv first, in the versions of constraints.txt. Another Python: make demo PYTHON=python3.12
 
@@ -29,6 +29,9 @@ demo: .venv/installed
 	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path $(DEMO)/emasavedmodel_0.99_001200.pt \
 	  --results_dir $(DEMO) --fit crop --num_ensemble 16 --batch_size auto --sampler best --use_bf16 $(BF16) --visdom connect
 	$(BIN)/python scripts/segmentation_evaluate.py --data_dir data/testing --samples_dir $(DEMO) --fit crop
+	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path pretrained:phantoms \
+	  --results_dir $(DEMO)/energy --fit crop --num_ensemble 16 --batch_size auto --spread False
+	$(BIN)/python scripts/segmentation_evaluate.py $(DEMO) $(DEMO)/energy --data_dir data/testing --fit crop
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests

@@ -77,12 +77,12 @@ def test_a_file_that_does_not_agree_with_its_checksum_is_refused_wherever_named(
 
 
 def test_sampling_takes_a_name_and_refuses_flags_of_another_model(run, make_cases, tmp_path):
-    data = make_cases(tmp_path / "data", size=32)
-    flags = ["--data_dir", data, "--model_path", "pretrained:phantoms", "--num_ensemble", 2, "--sampler", "best"]
+    data = make_cases(tmp_path / "data", size=64)
+    flags = ["--data_dir", data, "--model_path", "pretrained:phantoms", "--num_ensemble", 2]
     result = run(SAMPLE, *flags, "--results_dir", "a")
     assert result.code == 0, result.err
     assert (tmp_path / "a" / "case1_output1.png").exists()
     assert "2 of them already complete" in run(SAMPLE, *flags, "--results_dir", "a").out
-    refused(run(SAMPLE, *flags, "--results_dir", "b", "--image_size", 64), "--image_size 64 (there: 32)",
+    refused(run(SAMPLE, *flags, "--results_dir", "b", "--image_size", 32), "--image_size 32 (there: 64)",
             "phantoms.safetensors")
     assert not (tmp_path / "b").exists()
