@@ -1,6 +1,6 @@
 # make: install the package with all that belongs to it into .venv. make demo: train a small model for a few minutes,
-# draw and score ensembles for data/testing, beside those of shipped weights; http://localhost:8097 shows it. make test: run the tests. make lint: ruff.
-# make visdom: the server for the live view of runs, http://localhost:8097.
+# draw and score ensembles for data/testing, compare them with those of shipped weights; http://localhost:8097 shows it.
+# make test: run the tests. make lint: ruff. make visdom: the server for the live view of runs, http://localhost:8097.
 # They install into .venv first, in the versions of constraints.txt. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
