@@ -28,10 +28,10 @@ demo: .venv/installed
 	  --visdom start
 	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path $(DEMO)/emasavedmodel_0.99_001200.pt \
 	  --results_dir $(DEMO) --fit crop --num_ensemble 16 --batch_size auto --sampler best --use_bf16 $(BF16) --visdom connect
-	$(BIN)/python scripts/segmentation_evaluate.py --data_dir data/testing --samples_dir $(DEMO) --fit crop
 	$(BIN)/python scripts/segmentation_sample.py --data_dir data/testing --model_path pretrained:phantoms \
 	  --results_dir $(DEMO)/energy --fit crop --num_ensemble 16 --batch_size auto --spread False
 	$(BIN)/python scripts/segmentation_evaluate.py $(DEMO) $(DEMO)/energy --data_dir data/testing --fit crop
+	$(BIN)/python scripts/segmentation_evaluate.py --data_dir data/testing --samples_dir $(DEMO) --fit crop
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
