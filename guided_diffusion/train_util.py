@@ -138,10 +138,10 @@ class TrainLoop:
         return self._ema
 
     def rate_to_use(self) -> tuple[str, bool]:
-        """The first rate of the averages, and whether they are of use yet: less than 1 % of them is the weights that
-        training began with."""
+        """The first rate of the averages, and whether they are of use yet: less than 1 % of them is the random
+        weights that training began with, or it began with trained ones."""
         rate = next(iter(self._ema))
-        return rate, self.step * (1 - float(rate)) >= 5
+        return rate, bool(self.settings.init) or self.step * (1 - float(rate)) >= 5
 
     # ---- the loop ----
 

@@ -24,6 +24,7 @@ class Settings:
     log_interval: int = default("training", "log_interval")
     grad_clip: float = default("training", "grad_clip")
     fp16_scale_growth: float = default("training", "fp16_scale_growth")
+    init: str = default("training", "init")  # weights that the run started from
     seed: int = default("files and processes", "seed")
     image_channels: int = default("model", "image_channels")
     dtype: torch.dtype | None = None  # of autocast: float16, bfloat16, or None for float32

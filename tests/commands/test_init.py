@@ -29,6 +29,7 @@ def test_a_run_starts_from_the_weights_of_another_and_goes_on_without_them(train
     before, first = tree(tmp_path / "first"), checkpoint.load(tmp_path / "first" / "savedmodel000002.pt")
     result = tune("--init", "first/savedmodel000002.pt", "--max_steps", 1)
     assert result.code == 0 and result.err == "", result.err
+    assert "--model_path tuned/emasavedmodel_0.9999_000001.pt" in result.out  # averages of trained weights are of use
     assert "all weights of the network are those of first/savedmodel000002.pt; posterior and prior are of" \
            " first/optsavedmodel000002.pt; the optimiser starts afresh" in result.out
     assert tree(tmp_path / "first") == before and checkpoint.steps_in(tmp_path / "tuned") == [1]
