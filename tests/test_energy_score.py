@@ -70,7 +70,10 @@ def test_the_truth_is_the_only_minimiser(dummy):
 
     rng = np.random.default_rng(0)
     truth = torch.from_numpy(rng.dirichlet(np.full(8, 0.5)))
-    score = lambda p: 2 * p @ distances @ truth - p @ distances @ p  # noqa: E731
+
+    def score(p):
+        return 2 * p @ distances @ truth - p @ distances @ p
+
     others = torch.from_numpy(rng.dirichlet(np.full(8, 0.5), size=200))
     assert all(score(other) > score(truth) + 1e-9 for other in others)
     # and the estimate from draws has this mean

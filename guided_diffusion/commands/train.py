@@ -205,7 +205,7 @@ def refuse_another_run(args: SimpleNamespace, given: dict[str, Any], stored: dic
     if args.init:  # flags of the model that are left away are those that the run took from beside these weights
         out |= {flag.name for flag in identity_flags()} - given.keys()
     chosen = {name: value for name, value in vars(args).items() if name not in out}
-    if clash := differing(chosen, stored, "seed", "timestep_respacing", "init"):
+    if clash := differing(chosen, stored, "seed", "timestep_respacing", "init", "optimizer"):
         raise InputError(f"{', '.join(clash)}: not what the run in {folder} was started with; give the same flags"
                          f" to go on with it, or another --results_dir to start afresh")
 

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -107,6 +108,12 @@ class Method(nn.Module, abc.ABC):
         """
 
     # ---- drawing ----
+
+    autocast: torch.dtype | None = None  # that of `precision`, for `prepare` to set
+
+    def precision(self, device: torch.device) -> AbstractContextManager:
+        """Inside, networks on this device compute in `autocast`, or as their weights are."""
+        return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
 
     @abc.abstractmethod
     def prepare(self, dtype: torch.dtype | None = None, compile: bool = False) -> "Method":

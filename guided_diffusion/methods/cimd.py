@@ -3,7 +3,6 @@
 With --kl_weight 0 it is the plain diffusion ensemble of Wolleb et al. 2022, without AMN and ACN.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -57,7 +56,6 @@ class CIMD(Method):
         self.model, self.posterior, self.prior = freeze(model), posterior, prior
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion.num_timesteps)
         self.walk, self.clip_denoised, self.sampler_options = SAMPLERS[sampler], clip_denoised, sampler_options or {}
-        self.autocast: torch.dtype | None = None
 
     @classmethod
     def from_flags(cls, flags: SimpleNamespace, model: nn.Module | None = None, training: bool = True) -> "CIMD":
@@ -169,7 +167,7 @@ class CIMD(Method):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Encoded:
-        with self._precision(images.device):
+        with self.precision(images.device):
             encoded = self.model.encode(images) if hasattr(self.model, "encode") else images
         return images.new_zeros(len(images), masks.CHANNELS, *images.shape[2:]), encoded  # the first: what x_0 is like
 
@@ -177,7 +175,7 @@ class CIMD(Method):
              on_step: Callable[[Tensor, Tensor], None] = lambda *_: None) -> Tensor:
         noise = MemberNoise(seed, [(case, member) for _, case, member in rows])
         like, kwargs = self._rows(encoded, rows)
-        with self._precision(like.device):
+        with self.precision(like.device):
             for x_t, x_start in self.walk(self.diffusion, self.model, noise(like), noise=noise,
                                           clip_denoised=self.clip_denoised, model_kwargs=kwargs,
                                           **self.sampler_options):
@@ -187,7 +185,7 @@ class CIMD(Method):
     @torch.no_grad()
     def evaluate_once(self, encoded: Encoded, rows: Sequence[Row]) -> None:
         like, kwargs = self._rows(encoded, rows)
-        with self._precision(like.device):
+        with self.precision(like.device):
             self.diffusion.run_model(self.model, like, torch.zeros(len(rows), dtype=torch.long, device=like.device),
                                      kwargs)[0].cpu()
 
@@ -195,6 +193,3 @@ class CIMD(Method):
         """What x_0 of these rows is like, [N, CHANNELS, H, W], and what the denoiser is told of their scans."""
         like, encoded = select(encoded, [scan for scan, _, _ in rows])
         return like, {"encoded": encoded} if hasattr(self.model, "encode") else {"image": encoded}
-
-    def _precision(self, device):
-        return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()

@@ -11,7 +11,6 @@ Whether an expert marks anything decides most of GED on LIDC-IDRI. With a probab
 noise, and no draw has to be half a mask.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -140,7 +139,6 @@ class EnergyMethod(Method):
         super().__init__()
         self.model, self.draws, self.dummy = freeze(model), draws, dummy
         self.independent = not spread
-        self.autocast: torch.dtype | None = None
 
     @classmethod
     def from_flags(cls, flags: SimpleNamespace, model: nn.Module | None = None, training: bool = True
@@ -211,7 +209,7 @@ class EnergyMethod(Method):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Encoded:
-        with self._precision(images.device):
+        with self.precision(images.device):
             return images[:, 0], *self.model(images)  # the first: how large a mask is
 
     @torch.no_grad()
@@ -223,13 +221,10 @@ class EnergyMethod(Method):
         normal = MemberNoise(seed, members)(empty.new_empty(len(rows), 1 + self._noise_numbers(height, width)))
         if not self.independent:
             normal[:, :1 + self.model.head.latent] = spread_noise(seed, members, 1 + self.model.head.latent)
-        with self._precision(features.device):
+        with self.precision(features.device):
             logits = self.model.head.draw(features, summary, *self._noise(normal[:, 1:], height, width))
         nothing = torch.special.ndtr(normal[:, 0].double()) < empty.double().sigmoid()
         samples = torch.zeros_like(like)
         self.model.seen(samples).copy_(logits.sigmoid() * ~nothing[:, None, None])
         on_step(samples[:, None], samples[:, None])
         return samples.cpu()
-
-    def _precision(self, device):
-        return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()

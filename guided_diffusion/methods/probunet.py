@@ -84,7 +84,6 @@ class ProbUNet(Method):
     def __init__(self, model: FeaturesAndLatent, posterior: AxisAlignedConvGaussian | None = None, beta: float = 10.0):
         super().__init__()
         self.model, self.posterior, self.beta = freeze(model), posterior, beta
-        self.autocast: torch.dtype | None = None
         self.to(memory_format=torch.channels_last)  # convolutions at full resolution are faster so, on CPUs too
 
     @classmethod
@@ -142,7 +141,7 @@ class ProbUNet(Method):
     @torch.no_grad()
     def encode(self, images: Tensor) -> dict[str, Tensor]:
         """features [S, features, H, W], and mean and std [S, latent_dim] of the prior."""
-        with self._precision(images.device):
+        with self.precision(images.device):
             prior = self.model.prior(images)
             return {"features": self.model.features(images), "mean": prior.mean, "std": prior.stddev}
 
@@ -153,10 +152,7 @@ class ProbUNet(Method):
         features, mean, std = (select(encoded[name], [scan for scan, _, _ in rows])
                                for name in ("features", "mean", "std"))
         z = mean + std * MemberNoise(seed, [(case, member) for _, case, member in rows])(mean)
-        with self._precision(mean.device):
+        with self.precision(mean.device):
             samples = self.model.logits(features, z).sigmoid()
         on_step(samples, samples)
         return samples[:, 0].cpu()
-
-    def _precision(self, device):
-        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)

@@ -48,6 +48,8 @@ def test_a_run_starts_from_the_weights_of_another_and_goes_on_without_them(train
     refused(tune("--max_steps", 3), "(there: first/savedmodel000002.pt)", "another --results_dir")
     refused(tune("--max_steps", 3, "--init", "first/savedmodel000002.pt", "--num_channels", 64),
             "--num_channels 64 (there: 32)")
+    refused(tune("--max_steps", 3, "--init", "first/savedmodel000002.pt", "--optimizer", "muon"),
+            "--optimizer muon (there: adamw)")
 
 
 def test_weights_of_another_architecture_are_refused_with_what_differs(trained, tune, tmp_path):
