@@ -9,6 +9,7 @@ from torch import Tensor, nn
 MOMENTUM = 0.95
 SMALLEST = 32  # rows and columns of a matrix that is worth it
 ITERATIONS = 5
+SIZE = 0.4  # of a step; twice that of AdamW's (0.2: Liu et al. 2025), which trained better at the same learning rate
 # of the polynomial a x + b x^3 + c x^5, which brings singular values near 1 in a few iterations (Jordan et al. 2024)
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
@@ -32,8 +33,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, fused, for vectors and small layers, and Muon for the weights of all others.
 
-    Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it takes a step. The step is scaled to
-    the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so both share a learning rate and a weight decay.
+    Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it takes a step. The step is scaled by
+    AdamW's (Liu et al. 2025, arXiv 2502.16982), so both share a learning rate and a weight decay.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
@@ -59,7 +60,7 @@ class MuonAdamW(torch.optim.AdamW):
             state.update(momentum=torch.zeros_like(p), step=torch.tensor(0.0))  # AdamW asks every state for a step
         momentum = state["momentum"].lerp(p.grad, 1 - MOMENTUM)
         update = orthogonalized(p.grad.lerp(momentum, MOMENTUM).flatten(1))  # as Nesterov
-        size = 0.2 * max(update.shape) ** 0.5
+        size = SIZE * max(update.shape) ** 0.5
         moved = p * (1 - lr * weight_decay) - lr * size * update.view_as(p)
         skip = getattr(self, "found_inf", None)  # as the fused AdamW has it: above 0, nothing changes
         if skip is not None:

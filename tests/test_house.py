@@ -22,6 +22,7 @@ FLOORS = [
     ["energy_score", "gaussian_diffusion", "losses", "metrics", "muon", "nn", "predictions", "resample", "respace",
      "samplers", "unet"],
     ["data"],
+    ["prepare"],
     ["networks"],
     ["methods"],
     ["flags"],

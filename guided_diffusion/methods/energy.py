@@ -193,8 +193,9 @@ class EnergyMethod(Method):
         return self.model.head.latent + sum(map(math.prod, noise_sizes(height, width)))
 
     def _noise(self, normal, height, width):
-        """Standard normal numbers [N, _noise_numbers] -> the latent and the smooth noise of N draws."""
-        latent = normal[:, :self.model.head.latent]
+        """Standard normal numbers [N, _noise_numbers] -> the latent, uniform of variance 1, and the smooth noise of N
+        draws. A latent without tails: the head has met all of its range in training."""
+        latent = math.sqrt(3) * torch.erf(normal[:, :self.model.head.latent] / math.sqrt(2))
         return latent, smooth_noise(normal[:, self.model.head.latent:], height, width)
 
     # ---- drawing ----
