@@ -34,5 +34,6 @@ setup(
         "dev": [*PLOTS, *CLOUD, *MPI, *VISDOM, *TESTS],
     },
     entry_points={"console_scripts": [f"cimd-{name} = guided_diffusion.commands.{name}:run"
-                                      for name in ("train", "sample", "evaluate", "phantoms", "replay", "export")]},
+                                      for name in ("train", "sample", "evaluate", "phantoms", "replay", "export",
+                                                   "prepare")]},
 )

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import dist_util
 from ..flags import FLAGS, defaults, identity_flags, idle_flags, load_plugins, settle
@@ -17,7 +17,7 @@ from ..metrics import SCORES
 from ..presets import PRESETS
 from ..system import storage
 from ..system.errors import InputError
-from ..system.flag import check_value, parse_numbers
+from ..system.flag import Flag, check_value, parse_numbers, several
 from ..system.terminal import program_name
 from .program import add_version, again, as_called
 
@@ -45,13 +45,17 @@ _GROUP_TITLES = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+class Parser(argparse.ArgumentParser):
+    """What is wrong with a command line is an InputError."""
+
+    def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves descriptions as they are, and flags room."""
+
+    def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=110)
 
 
@@ -67,7 +71,7 @@ def _parser(job, description):
     words = _WORDS.get(job, ())
     usage = " ".join(["%(prog)s", *(f"[{shown} ...]" if count else shown for _, count, shown, _ in words),
                       "[--flag VALUE ...]"])
-    parser = _Parser(program_name(), description=as_called(description), formatter_class=_HelpFormatter,
+    parser = Parser(program_name(), description=as_called(description), formatter_class=HelpFormatter,
                      allow_abbrev=False, usage=usage)
     add_version(parser)
     for name, count, shown, help in words:
@@ -79,17 +83,7 @@ def _parser(job, description):
         title = _GROUP_TITLES.get(flag.group, flag.group)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        words = f": {flag.type.words()}" if hasattr(flag.type, "words") else ""
-        options = {"default": argparse.SUPPRESS, "help": (flag.help + words).replace("%", "%%")}
-        if flag.default not in ("", None):
-            options["help"] += f" (default: {flag.default})"
-        if flag.choices:
-            options["choices"] = flag.choices
-        else:
-            options["type"] = _boolean if flag.type is bool else flag.type
-            options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
-        names = ["--local_rank", "--local-rank"] if flag.name == "local_rank" else ["--" + flag.name]
-        groups[title].add_argument(*names, **options)
+        add_flag(groups[title], flag)
     for old in _OLD_NAMES.get(job, ()):
         parser.add_argument("--" + old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     if "scoring" in JOBS[job]:
@@ -97,6 +91,23 @@ def _parser(job, description):
                  for name, score in SCORES.entries.items())
         parser.add_argument_group("what the scores say", "\n".join(sum(words, [])))
     return parser
+
+
+def add_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, flag: Flag) -> None:
+    """Let a parser, or a group of one, take a flag; it leaves nothing where the flag is not given."""
+    words = f": {flag.type.words()}" if hasattr(flag.type, "words") else ""
+    options = {"default": argparse.SUPPRESS, "help": (flag.help + words).replace("%", "%%")}
+    if flag.default not in ("", None, []):
+        options["help"] += f" (default: {flag.default})"
+    if flag.choices:
+        options["choices"] = flag.choices
+    else:
+        options["type"] = _boolean if flag.type is bool else flag.type
+        options["metavar"] = {int: "N", float: "X", bool: "BOOL"}.get(flag.type, "TEXT")
+    if flag.type is several:
+        options["nargs"] = "+"
+    names = ["--local_rank", "--local-rank"] if flag.name == "local_rank" else ["--" + flag.name]
+    parser.add_argument(*names, **options)
 
 
 def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
@@ -107,17 +118,12 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
     :returns: all flags as a namespace, and the dict of those that were given.
     :raises InputError: for a flag that does not exist, naming the nearest that does, or a bad value.
     """
-    plugins = _Parser(add_help=False, allow_abbrev=False)
+    plugins = Parser(add_help=False, allow_abbrev=False)
     plugins.add_argument("--plugin", default="")
     load_plugins(plugins.parse_known_args(argv)[0].plugin)  # first, since they bring flags and choices
     parser = _parser(job, description)
     known, unknown = parser.parse_known_intermixed_args(argv)
-    if unknown:
-        word = unknown[0].split("=")[0]
-        flags = [option for action in parser._actions if action.help != argparse.SUPPRESS
-                 for option in action.option_strings]
-        near = difflib.get_close_matches(word, flags, 1, 0.6)
-        raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    refuse_unknown(parser, unknown)
     given = vars(known)
     if given.get("preset"):
         given = _with_preset(given, vars(parser.parse_args(PRESETS[given["preset"]].split())), defaults(*JOBS[job]))
@@ -133,6 +139,16 @@ def parse_flags(job: str, description: str, argv: Sequence[str] | None = None
     if "visdom" in JOBS[job]:
         args.visdom = _view(args, given)
     return args, given
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """InputError if a parser did not know some words, naming the flag that is nearest to the first."""
+    if unknown:
+        word = unknown[0].split("=")[0]
+        flags = [option for action in parser._actions if action.help != argparse.SUPPRESS
+                 for option in action.option_strings]
+        near = difflib.get_close_matches(word, flags, 1, 0.6)
+        raise InputError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
 
 
 def _with_preset(given, preset, others):

@@ -12,7 +12,8 @@ from ..system.terminal import program_name
 
 # A module of this folder, run by the console command cimd-<module>, and the script that does the same
 SCRIPTS = {"train": "segmentation_train.py", "sample": "segmentation_sample.py", "evaluate": "segmentation_evaluate.py",
-           "phantoms": "make_phantoms.py", "replay": "visdom_replay.py", "export": "segmentation_export.py"}
+           "phantoms": "make_phantoms.py", "replay": "visdom_replay.py", "export": "segmentation_export.py",
+           "prepare": "prepare_data.py"}
 _CONSOLE_NAMES = {script: f"cimd-{module}" for module, script in SCRIPTS.items()}
 # starts a module as its console command does; further words are the name of the command and its flags
 _START = "import sys; del sys.argv[0]; from guided_diffusion.commands.{} import run; run()"

@@ -93,6 +93,11 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def opened(data: bytes) -> Image.Image:
+    """The picture in the bytes of a PNG file."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
 def _facts(masks, ensemble):
     """What a heading says: how many, how large, how good."""
     text = f"{len(masks)} rater{'s' * (len(masks) != 1)}, {len(ensemble)} mask{'s' * (len(ensemble) != 1)}"

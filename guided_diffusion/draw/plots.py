@@ -66,6 +66,26 @@ def progress_figure(rows: Sequence[Mapping[str, float]], losses: Sequence[str]) 
     return png(figure)
 
 
+def contents_figure(rows: Sequence[Any]) -> bytes:
+    """PNG bytes: how areas, the raters' agreement, grey values and the number of raters who mark are distributed.
+
+    :param rows: contents.CaseFacts, or what has the same attributes.
+    """
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    axes = figure.subplots(1, 4)
+    areas = np.array([area for row in rows for area in row.areas if area] or [1])
+    axes[0].hist(areas, np.geomspace(areas.min(), areas.max() + 1, 30), color=BLUE)
+    axes[0].set(xscale="log", xlabel="pixels", ylabel="masks", title="Areas of masks that are not empty")
+    axes[1].hist([row.distance for row in rows if row.distance is not None], np.linspace(0, 1, 30), color=BLUE)
+    axes[1].set(xlabel="mean 1 - IoU of raters", ylabel="cases", title="How far raters disagree")
+    axes[2].hist([row.mean for row in rows], np.linspace(0, 1, 30), color=BLUE)
+    axes[2].set(xlabel="mean grey value", ylabel="cases", title="Grey values, 0 to 1")
+    marked = [sum(area > 0 for area in row.areas) for row in rows]
+    axes[3].bar(*np.unique(marked, return_counts=True), color=BLUE)
+    axes[3].set(xlabel="raters who mark anything", ylabel="cases", title="Raters who mark", xticks=sorted(set(marked)))
+    return png(figure)
+
+
 def png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()

@@ -14,6 +14,7 @@ class Unit(NamedTuple):
     name: str  # that no other unit has
     patient: str  # or the series, where the source knows no patients; a split never parts its cases
     data: Any = None  # for Source.cases; goes to another process, so it can be pickled
+    part: str = ""  # of a split that the source itself makes: train, val or test
 
 
 class PreparedCase(NamedTuple):
@@ -22,7 +23,7 @@ class PreparedCase(NamedTuple):
     name: str  # of its folder; no other case of the source has it
     image: np.ndarray  # [C, H, W] uint8 or uint16
     raters: np.ndarray  # [R, H, W] bool, the mask of each rater
-    facts: dict[str, Any]  # its columns of manifest.csv, beyond case, patient, source, raters and areas
+    facts: dict[str, Any]  # its columns of manifest.csv, beyond those of data.manifest.COLUMNS that every case has
 
 
 class LeftOut(NamedTuple):
@@ -35,10 +36,12 @@ class LeftOut(NamedTuple):
 class Source(abc.ABC):
     """One kind of input.
 
-    An entry of SOURCES is a subclass, made with the path of the input and its flags as keyword arguments.
+    An entry of SOURCES is a subclass, made with the path of the input and its flags as keyword arguments. Its docstring
+    stands in --help, up to the first empty line and :param.
     """
 
-    knows_patients = True  # whether `patient` of its units is one
+    split_by = "patient"  # what `patient` of its units is: a patient, else a series, or a case
+    example = ""  # for --help: what follows `cimd-prepare KIND`
 
     def __init__(self, path: Path):
         self.path = path

@@ -29,11 +29,16 @@ def number_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def several(text: str) -> str:
+    """The type of a flag that takes one word or more; its value is a list of texts."""
+    return text
+
+
 def check_value(flag: Flag, value: Any, name: str) -> None:
     """InputError, calling the flag `name`, unless this is a value of its type and within its limits."""
     kinds = (flag.type,)
     if flag.choices is None:
-        kinds = {float: (int, float), number_or_auto: (int, str)}.get(flag.type, kinds)
+        kinds = {float: (int, float), number_or_auto: (int, str), several: (list,)}.get(flag.type, kinds)
     if flag.choices is not None:
         if value not in flag.choices:
             own = "" if isinstance(flag.type, tuple) else ", or one that --plugin FILE brings"

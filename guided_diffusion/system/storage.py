@@ -48,9 +48,11 @@ def make_folder(folder: AnyPath, flag: str = "--results_dir") -> None:
         raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
-def claim(folder: AnyPath) -> contextlib.AbstractContextManager:
-    """Claim a folder for the training of this process, until what is returned is closed.
+def claim(folder: AnyPath, flag: str = "--results_dir", name: str = ".training.lock", doing: str = "is training"
+          ) -> contextlib.AbstractContextManager:
+    """Claim a folder for what this process does, until what is returned is closed.
 
+    :param flag: that the folder comes from; name: of the file that is locked; doing: what is done, for the message.
     :raises InputError: if another process has claimed it. Buckets, Windows and file systems without locks do not tell.
     """
     try:
@@ -59,13 +61,13 @@ def claim(folder: AnyPath) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     if is_remote(folder):
         return contextlib.nullcontext()
-    replace_link(Path(folder) / ".training.lock")
-    file = open(Path(folder) / ".training.lock", "w")
+    replace_link(Path(folder) / name)
+    file = open(Path(folder) / name, "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"--results_dir {folder}: another run is training into it; give another folder, or stop that"
-                         f" run") from None
+        raise InputError(f"{flag} {folder}: another run {doing} into it; give another folder, or stop that run"
+                         ) from None
     except OSError:
         pass
     return file

@@ -1,0 +1,4 @@
+from guided_diffusion.commands.prepare import run
+
+if __name__ == "__main__":
+    run()
