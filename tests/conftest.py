@@ -110,7 +110,7 @@ def run(capsys, monkeypatch, tmp_path):
 
     def call(script, *flags):
         path = str(ROOT / "scripts" / script)
-        unseen = any(job in Path(script).name for job in ("evaluate", "export"))  # without a live view
+        unseen = any(job in Path(script).name for job in ("evaluate", "export", "prepare"))  # without a live view
         quiet = [] if unseen or "--visdom_port" in flags else ["--visdom_port", "0"]
         if "train" in Path(script).name and "--sample_interval" not in flags:
             quiet += ["--sample_interval", "0"]

@@ -40,10 +40,10 @@ _COMMON = [
 _PLUGIN = Flag("plugin", str, "", "Python file, or several with commas, with sources or readers of your own, see"
                " docs/extending.md", "running")
 _CHECK_WORDS = "what is in a data set, and what is wrong with it: a table, and a page of pictures"
-_CHECK_HELP = """Reads any folder that training reads, or one that holds such folders (train, val, test; training, testing;
-fold1, ...), and says what is in each and what is wrong: numbers of cases, patients and raters, sizes, grey values,
-areas, how far raters agree, the best GED that a model can reach, files that cannot be read, patients and pictures on
-both sides of a split. OUT gets check.png, check.csv (a row a case) and check.json."""
+_CHECK_HELP = """Reads any folder that training reads, or one that holds such folders (train, val, test; training,
+testing; fold1, ...), and says what is in each and what is wrong: numbers of cases, patients and raters, sizes, grey
+values, areas, how far raters agree, the best GED that a model can reach, files that cannot be read, patients and
+pictures on both sides of a split. OUT gets check.png, check.csv (a row a case) and check.json."""
 
 
 def create_argparser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint, dist_util, logger
+from ..data import manifest
 from ..data.augment import parse_kinds
 from ..data.cases import SegmentationCases
 from ..data.readers.base import refuse_unused
@@ -80,6 +81,8 @@ def main() -> None:
                        progress=first, options=vars(args))
         held_out = read(args.val_dir, flag="--val_dir") if args.val_dir else None
         cases = read(args.data_dir)
+        if held_out:
+            manifest.refuse_shared(cases.cases, held_out.cases, args.data_dir, args.val_dir)
         refuse_unused(vars(args), cases.readers_used | (held_out.readers_used if held_out else set()), args.data_dir)
         storage.make_folder(folder)
         claim = storage.claim(folder) if first else contextlib.nullcontext()

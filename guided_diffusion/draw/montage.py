@@ -100,7 +100,9 @@ def opened(data: bytes) -> Image.Image:
 
 def _facts(masks, ensemble):
     """What a heading says: how many, how large, how good."""
-    text = f"{len(masks)} rater{'s' * (len(masks) != 1)}, {len(ensemble)} mask{'s' * (len(ensemble) != 1)}"
+    text = f"{len(masks)} rater{'s' * (len(masks) != 1)}"
+    if len(ensemble):
+        text += f", {len(ensemble)} mask{'s' * (len(ensemble) != 1)}"
     if len(ensemble) > 1:
         low, middle, high = np.percentile(ensemble.sum((1, 2)), [5, 50, 95])
         text += f"; median area {middle:.0f} px, 90 % within {low:.0f} to {high:.0f}"

@@ -71,8 +71,8 @@ def contents_figure(rows: Sequence[Any]) -> bytes:
 
     :param rows: contents.CaseFacts, or what has the same attributes.
     """
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    axes = figure.subplots(1, 4)
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.subplots(2, 2).flat
     areas = np.array([area for row in rows for area in row.areas if area] or [1])
     axes[0].hist(areas, np.geomspace(areas.min(), areas.max() + 1, 30), color=BLUE)
     axes[0].set(xscale="log", xlabel="pixels", ylabel="masks", title="Areas of masks that are not empty")

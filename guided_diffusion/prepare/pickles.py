@@ -6,11 +6,10 @@ and NumPy itself is not called either: arrays are made here, from bytes whose nu
 
 import math
 import mmap
-import pickletools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from pickle import Unpickler
+from pickle import _Unpickler  # in Python: the one in C takes as much memory as a pickle asks for
 from typing import Any
 
 import numpy as np
@@ -110,9 +109,7 @@ def load(path: Path) -> dict:
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check_memo(data)
-            data.seek(0)
-            content = _arrays(_Unpickler(data, encoding="latin1").load(), {})
+            content = _arrays(_ArrayUnpickler(data, encoding="latin1").load(), {})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except OSError as error:
@@ -123,13 +120,6 @@ def load(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no dict of cases by name; write it as {{name: {{\"image\", \"masks\"}}}}")
     return content
-
-
-def _check_memo(data):
-    """InputError if a pickle asks for more places to note objects in than it can have objects, which take memory."""
-    for operation, argument, place in pickletools.genops(data):
-        if "PUT" in operation.name and argument > place:
-            raise InputError("asks for memory out of proportion")
 
 
 class _Array:
@@ -204,7 +194,7 @@ _KNOWN = {name: _Call(function) for name, function in {
 }.items()}
 
 
-class _Unpickler(Unpickler):
+class _ArrayUnpickler(_Unpickler):
     def find_class(self, module: str, name: str) -> _Call:
         where = re.fullmatch(r"numpy(?:\._?core)?(?:\.(multiarray|numeric))?|_codecs", module)
         known = where and _KNOWN.get(f"{where[1]}.{name}" if where[1] else name)

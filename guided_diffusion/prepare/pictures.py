@@ -30,8 +30,8 @@ FLAGS = [
 @SOURCES.add("pictures", "folders of images and of masks, found by patterns", FLAGS)
 class Pictures(Source):
     """Reads images and masks of one size, found by the patterns of --images and --masks. A pixel of a mask is
-    foreground above half of full scale. With {patient} in the patterns a case is called PATIENT_CASE and split by patient, else
-    every case is split by itself.
+    foreground above half of full scale. With {patient} in the patterns a case is called PATIENT_CASE and
+    split by patient, else every case is split by itself.
     """
 
     example = "my_scans my_data --images 'scans/{patient}/{case}.tif' --masks 'a/{case}-a.gif' 'b/{case}-b.png'"

@@ -262,15 +262,24 @@ def _in_processes(job, units, folder):
                     running.popleft()
                     yield done
         except BrokenProcessPool:
-            for number, unit, _ in running:
-                shutil.rmtree(folder / str(number), ignore_errors=True)
-                try:
-                    with _pool(job, 1) as pool:
-                        done = pool.submit(_work, unit, folder / str(number)).result()
-                except BrokenProcessPool:
-                    done = _Done([], [LeftOut(unit.name, "the process that read it was ended, perhaps for want of"
-                                                         " memory")], failed=True)
-                yield done
+            yield from _one_by_one(job, deque((number, unit) for number, unit, _ in running), folder)
+
+
+def _one_by_one(job, suspects, folder):
+    """What became of units of which at least one ends its process."""
+    while suspects:
+        with _pool(job, 1) as pool:
+            try:
+                while suspects:
+                    number, unit = suspects[0]
+                    shutil.rmtree(folder / str(number), ignore_errors=True)
+                    done = pool.submit(_work, unit, folder / str(number)).result()
+                    suspects.popleft()
+                    yield done
+            except BrokenProcessPool:
+                suspects.popleft()
+                yield _Done([], [LeftOut(unit.name, "the process that read it was ended, perhaps for want of memory")],
+                            failed=True)
 
 
 def _pool(job, workers) -> ProcessPoolExecutor:

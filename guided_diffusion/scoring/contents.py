@@ -116,7 +116,7 @@ def check(folder: Path, out: Path, options: Mapping[str, Any]) -> str:
     table = {part or "all": numbers([row for row in facts if row.part == part]) for part in found}
     if found.keys() - {""}:
         table["all"] = numbers(facts)
-    wrong = [*problems, *across(found), *findings(facts)]
+    wrong = [*problems, *across(found), *([] if any(known.values()) else by_name(facts)), *findings(facts)]
     page = _page(facts, {(part, case.name): case for part, case in files}, readers)
     paths = _write(out, facts, table, wrong, page)
     rows = [*_columns(table), ("", ""), ("found", f"{len(wrong)} things to look at" if wrong else "nothing wrong")]
@@ -173,7 +173,7 @@ def _most(values):
 def _columns(table):
     """Rows of words: a name, and what each part has."""
     def word(value):
-        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     words = {part: [part, *map(word, values.values())] for part, values in table.items()}
     widths = [max(map(len, column)) for column in words.values()]
@@ -190,10 +190,22 @@ def across(found: Mapping[str, Iterable[CaseFiles]]) -> list[str]:
     parts, lines = [*found], []
     for i, one in enumerate(parts):
         for other in parts[i + 1:]:
-            for words, cases in list(manifest.shared(found[one], found[other]).items())[:SHOWN]:
+            both = manifest.shared(found[one], found[other])
+            for words, cases in list(both.items())[:SHOWN]:
                 lines.append(f"{words}: has cases in {one} ({cases[0]}) and in {other} ({cases[1]}); move all of them"
                              f" to one part")
     return lines
+
+
+def by_name(facts: Sequence[CaseFacts]) -> list[str]:
+    """The patients that cases of several parts are named after: that of LIDC-IDRI-0314-2 is, that of case1 is not."""
+    parts: dict[str, set[str]] = {}
+    for row in facts:
+        if row.case != row.patient:
+            parts.setdefault(row.patient, set()).add(row.part)
+    both = sorted(patient for patient, names in parts.items() if len(names) > 1)
+    return [line] if (line := _line(both, "the names of cases in several parts of the split begin so; if they are"
+                                          " patients, move all cases of each to one part", str)) else []
 
 
 def findings(facts: Sequence[CaseFacts]) -> list[str]:
@@ -202,8 +214,8 @@ def findings(facts: Sequence[CaseFacts]) -> list[str]:
     for row in facts:
         pictures.setdefault(row.digest, []).append(row)
     same = [rows for rows in pictures.values() if len(rows) > 1]
-    between = [rows for rows in same if len({row.part for row in rows}) > 1]
-    within = [rows for rows in same if rows not in between]
+    between, within = ([rows for rows in same if (len({row.part for row in rows}) > 1) == several]
+                       for several in (True, False))
     flat = [row for row in facts if row.low == row.high]
     most = [row for row in facts if max(row.areas) > row.height * row.width / 2]
     lonely = [row for row in facts if row.raters == 1]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -76,7 +77,11 @@ def dangers(source):
 
 def test_no_source_calls_what_could_run_data():
     for path in [*ROOT.glob("guided_diffusion/**/*.py"), *ROOT.glob("scripts/*.py")]:
-        assert not dangers(path.read_text(encoding="utf-8")), path
+        text = path.read_text(encoding="utf-8")
+        if path.name == "pickles.py":  # which knows NumPy's arrays only, see tests/prepare/test_pickles.py
+            text, allowed = re.subn(r"^from pickle import _Unpickler\b.*", "", text, flags=re.MULTILINE)
+            assert allowed == 1
+        assert not dangers(text), path
 
 
 @pytest.mark.parametrize("line", [
