@@ -185,20 +185,20 @@ def _encode(text, encoding):
 
 
 _KNOWN = {name: _Call(function) for name, function in {
-    "multiarray._reconstruct": lambda *_: _Array(),
-    "multiarray.scalar": lambda dtype, raw: _from_bytes(raw, dtype, (1,), "C")[0].item(),
-    "numeric._frombuffer": _finished,
-    "ndarray": lambda *_: _Array(),
-    "dtype": lambda text, *_: _Type(text),
-    "encode": _encode,
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.core.multiarray.scalar": lambda dtype, raw: _from_bytes(raw, dtype, (1,), "C")[0].item(),
+    "numpy.core.numeric._frombuffer": _finished,
+    "numpy.ndarray": lambda *_: _Array(),
+    "numpy.dtype": lambda text, *_: _Type(text),
+    "_codecs.encode": _encode,
+    "__builtin__.bytes": lambda: b"",  # how old protocols write none
 }.items()}
 
 
 class _ArrayUnpickler(_Unpickler):
     def find_class(self, module: str, name: str) -> _Call:
-        where = re.fullmatch(r"numpy(?:\._?core)?(?:\.(multiarray|numeric))?|_codecs", module)
-        known = where and _KNOWN.get(f"{where[1]}.{name}" if where[1] else name)
-        if not known or (module == "_codecs") != (name == "encode"):
+        known = _KNOWN.get(f"{re.sub('^numpy[.]_core[.]', 'numpy.core.', module)}.{name}")
+        if not known:
             raise InputError(f"names {module}.{name}, and only NumPy's arrays are read from a pickle; do not open it"
                              f" otherwise unless you trust it")
         return known

@@ -84,12 +84,12 @@ def prepare(job: Job, out: Path) -> Outcome:
     :raises InputError: if the input holds nothing of the kind or no case at all, if the folder holds other things, or
         was begun with other options, or cannot be written.
     """
-    source = job.source()
+    shares, source = shares_of(job.split, job.folds), job.source()
     units, left_out = _units(source, job)
     storage.make_folder(out, "OUT")
     with storage.claim(out, "OUT", ".prepared.lock", "is preparing"):
         before = _open_journal(out, job)
-        parts = _parts(job, units, source, out)
+        parts = _parts(job, units, source, shares, out)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         cases = _Cases(job.kind, source.split_by, out, parts)
         for name, (rows, lost) in before.items():
@@ -120,9 +120,9 @@ def estimate(job: Job, folder: Path) -> Outcome:
 
     :raises InputError: as prepare, as far as the sample tells.
     """
-    source = job.source()
+    shares, source = shares_of(job.split, job.folds), job.source()
     units, left_out = _units(source, job)
-    parts = _parts(job, units, source, None)
+    parts = _parts(job, units, source, shares, None)
     chosen = sorted({*np.linspace(0, len(units) - 1, min(SAMPLE, len(units))).round().astype(int).tolist()})
     rows, size = [], 0
     for number, done in zip(chosen, _results(job, source, [units[i] for i in chosen], folder)):
@@ -164,10 +164,9 @@ def said(left: LeftOut) -> str:
     return f"{left.what}: {left.reason}"
 
 
-def _parts(job, units, source, out):
+def _parts(job, units, source, shares, out):
     """The part of a split for every patient: as drawn when the folder was begun, else as the flags say, else as the
     source does; written down. {} without a split."""
-    shares = shares_of(job.split, job.folds)
     if shares:
         known = {}
         if out is not None and (out / SPLIT).exists():
