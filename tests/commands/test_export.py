@@ -90,6 +90,6 @@ def test_bad_input_is_refused_and_nothing_written(run, trained, tmp_path, words,
 
 
 def test_calibration_is_for_methods_that_have_probabilities(run, trained, tmp_path):
-    result = run(EXPORT, trained / "savedmodel.pt", "a.safetensors", "--calibrate", ROOT / "data/testing", "--fit", "crop")
-    refused(result, "--calibrate", "leave it away")
+    cases = "--calibrate", ROOT / "data/testing", "--fit", "crop"
+    refused(run(EXPORT, trained / "savedmodel.pt", "a.safetensors", *cases), "--calibrate", "leave it away")
     assert not (tmp_path / "a.safetensors").exists()
