@@ -151,6 +151,7 @@ def test_sampling_shows_the_way_the_cases_and_their_scores(server, run, make_cas
         (k, pytest.approx(np.mean(ged[:k]))) for k in range(1, 5)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
 def test_training_goes_on_without_its_server_and_shows_all_when_it_is_back(
         no_proxy, environment, make_cases, tmp_path, tiny, signal_name):
