@@ -1,7 +1,7 @@
 # make: install the package with all that belongs to it into .venv. make demo: train a small model for a few minutes,
 # draw and score ensembles for data/testing, compare them with those of shipped weights; http://localhost:8097 shows it.
-# make test: run the quick tests. make test-long: run those that start many processes, a browser, a notebook or an install.
-# make lint: ruff. make visdom: the server for the live view of runs, http://localhost:8097.
+# make test: run the quick tests. make test-long: run all others, which start many processes, a browser, a notebook, a
+# benchmark or an install. make lint: ruff. make visdom: the server for the live view of runs, http://localhost:8097.
 # They install into .venv first, in the versions of constraints.txt. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3

@@ -43,6 +43,7 @@ def benchmark(environment, monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.mark.long
 def test_phantom_benchmark_reports_every_row_and_the_same_again(benchmark, tmp_path):
     tables = []
     for _ in range(2):  # the second one finds its model trained
@@ -73,6 +74,7 @@ def test_truth_scores_tell_the_oracle_from_samplers_that_are_wrong_on_purpose():
         assert low[0] > oracle_high[0] and low[1] > oracle_high[1]
 
 
+@pytest.mark.long
 def test_benchmark_on_real_cases_trains_samples_and_writes_a_row(benchmark, tmp_path):
     phantoms.write_cases(tmp_path / "train", 3, 1, 64)
     phantoms.write_cases(tmp_path / "test", 5, 2, 64)
