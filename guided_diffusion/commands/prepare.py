@@ -50,6 +50,7 @@ def create_argparser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     """The parser of the command line, and those of each KIND."""
     parser = Parser(program_name(), description=as_called(__doc__), formatter_class=HelpFormatter, allow_abbrev=False)
     add_version(parser)
+    add_flag(parser, _PLUGIN)
     kinds = parser.add_subparsers(title="KIND, one of", dest="kind", metavar="KIND", required=True, parser_class=Parser)
     parsers = {}
     for name, entry in SOURCES.entries.items():

@@ -189,6 +189,7 @@ class Deadly(Source):
 """
 
 
+@pytest.mark.long
 def test_other_processes_do_the_same_and_one_that_dies_costs_its_unit_alone(tmp_path, monkeypatch, prepared, listed):
     from guided_diffusion.system.registry import load_plugin
 

@@ -14,6 +14,7 @@ from helpers.models import MODEL
 from torch.distributed.run import get_args_parser
 
 from guided_diffusion import Segmenter, __version__
+from guided_diffusion.commands import prepare
 from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.commands.phantoms import create_argparser
 from guided_diffusion.flags import FLAGS
@@ -23,9 +24,10 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
     *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES["README.md"]
 JOBS = {"segmentation_train": "training", "segmentation_sample": "sampling", "segmentation_evaluate": "evaluation",
-        "visdom_replay": "replay", "make_phantoms": "phantoms", "segmentation_export": "export"}
+        "visdom_replay": "replay", "make_phantoms": "phantoms", "segmentation_export": "export",
+        "prepare_data": "prepare"}
 JOBS |= {f"cimd-{name}": job
-         for name, job in zip(("train", "sample", "evaluate", "replay", "phantoms", "export"), JOBS.values())}
+         for name, job in zip(("train", "sample", "evaluate", "replay", "phantoms", "export", "prepare"), JOBS.values())}
 
 BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:python|torchrun|mpiexec|cimd-).*", re.MULTILINE)
@@ -56,6 +58,7 @@ def known_flags():
     """Every flag of the commands, the benchmarks and torchrun, as their own code has it."""
     benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
     return {"version", *flags_of(argparse.ArgumentParser()), *flags_of(create_argparser()),
+            *(flag for parser in prepare.create_argparser()[1].values() for flag in flags_of(parser)),
             *flags_of(get_args_parser()), *(flag.name for flag in FLAGS),
             *re.findall(r'add_argument\("--(\w+)"', benchmarks), *re.findall(r'Flag\("(\w+)"', PAGES[EXTENDING])}
 
@@ -96,7 +99,7 @@ def test_every_file_of_the_repository_that_a_page_names_exists(page):
 
 def test_the_pages_show_the_commands_that_these_tests_read():
     assert VARIABLES.keys() == {"MODEL_FLAGS", "DIFFUSION_FLAGS", "TRAIN_FLAGS"}
-    assert {name for _, name, _ in COMMANDS} >= JOBS.keys() - {"visdom_replay", "make_phantoms", "segmentation_export"}
+    assert {name for _, name, _ in COMMANDS} >= JOBS.keys() - {"visdom_replay", "make_phantoms", "segmentation_export", "prepare_data"}
 
 
 @pytest.mark.parametrize("page, name, flags", COMMANDS, ids=[f"{page}: {name}" for page, name, _ in COMMANDS])
@@ -106,6 +109,8 @@ def test_every_command_of_a_page_is_understood(page, name, flags):
     words = [word for word in shlex.split(flags) if word != "..."]
     if JOBS[name] == "phantoms":
         create_argparser().parse_args(words)
+    elif JOBS[name] == "prepare":
+        prepare.parse(words)
     else:
         parse_flags(JOBS[name], "", words)
 

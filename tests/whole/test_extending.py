@@ -12,6 +12,8 @@ import pytest
 import torch
 from helpers.files import ROOT
 
+from guided_diffusion.data.cases import SegmentationCases
+
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(\w+\.py)`:\n\n```python\n(.*?)```$", PAGE, re.M | re.S))
 COMMANDS = [shlex.split(line) for line in re.findall(r"^cimd-.*--plugin .*$", PAGE, re.M)]
@@ -66,7 +68,7 @@ def as_arrays(data):
 
 
 def test_page_has_an_example_of_each_kind():
-    assert list(FILES) == ["flow.py", "features.py", "thresholds.py", "hounsfield.py", "area.py"]
+    assert list(FILES) == ["flow.py", "features.py", "thresholds.py", "hounsfield.py", "volumes.py", "area.py"]
     assert {command[2] for command in COMMANDS} == FILES.keys()
 
 
@@ -89,6 +91,19 @@ def test_commands_of_an_example_train_sample_and_score(folder, in_turn, make_cas
     scores = json.loads((tmp_path / "results" / "scores.json").read_text())
     assert scores["cases"] == 3 and 0 <= scores["all"]["GED"]["mean"] <= 2
     assert (tmp_path / "results" / "frozenmodel.pt").exists() == (name == "features.py")
+
+
+def test_source_of_the_page_prepares_what_training_reads(folder, in_turn, tmp_path):
+    command, = (command for command in COMMANDS if command[2] == "volumes.py")
+    (tmp_path / "npz").mkdir()
+    rng = np.random.default_rng(0)
+    images, masks = rng.integers(0, 256, (5, 3, 8, 8), np.uint8), rng.random((5, 3, 2, 8, 8)) > 0.5
+    for i in range(5):
+        np.savez(tmp_path / "npz" / f"p{i}.npz", images=images[i], masks=masks[i])
+    in_turn([command[0], "--plugin", folder / command[2], *command[3:], "--num_workers", 1])
+    patients = [{case.name: case for part in ("train", "val", "test") for case in SegmentationCases(
+        tmp_path / "my_data" / part, 8)}[f"p{i}_002"] for i in range(5)]
+    assert all(np.array_equal(case.raters, masks[i, 2]) for i, case in enumerate(patients))
 
 
 def test_prediction_of_the_page_is_exact(folder):
