@@ -26,8 +26,8 @@ README = PAGES["README.md"]
 JOBS = {"segmentation_train": "training", "segmentation_sample": "sampling", "segmentation_evaluate": "evaluation",
         "visdom_replay": "replay", "make_phantoms": "phantoms", "segmentation_export": "export",
         "prepare_data": "prepare"}
-JOBS |= {f"cimd-{name}": job
-         for name, job in zip(("train", "sample", "evaluate", "replay", "phantoms", "export", "prepare"), JOBS.values())}
+JOBS |= {f"cimd-{name}": job for name, job in zip(
+    ("train", "sample", "evaluate", "replay", "phantoms", "export", "prepare"), JOBS.values())}
 
 BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:python|torchrun|mpiexec|cimd-).*", re.MULTILINE)
@@ -99,7 +99,8 @@ def test_every_file_of_the_repository_that_a_page_names_exists(page):
 
 def test_the_pages_show_the_commands_that_these_tests_read():
     assert VARIABLES.keys() == {"MODEL_FLAGS", "DIFFUSION_FLAGS", "TRAIN_FLAGS"}
-    assert {name for _, name, _ in COMMANDS} >= JOBS.keys() - {"visdom_replay", "make_phantoms", "segmentation_export", "prepare_data"}
+    assert {name for _, name, _ in COMMANDS} >= JOBS.keys() - {"visdom_replay", "make_phantoms", "segmentation_export",
+                                                               "prepare_data"}
 
 
 @pytest.mark.parametrize("page, name, flags", COMMANDS, ids=[f"{page}: {name}" for page, name, _ in COMMANDS])

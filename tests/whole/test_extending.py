@@ -196,9 +196,10 @@ def test_names_of_the_page_are_those_of_the_code():
     from guided_diffusion.data import augment, readers
     from guided_diffusion.methods import METHODS
     from guided_diffusion.networks import NETWORKS
+    from guided_diffusion.prepare import SOURCES
 
-    tables = [predictions.PREDICTIONS, NETWORKS, METHODS, readers.READERS, metrics.SCORES, samplers.SAMPLERS,
-              augment.AUGMENTATIONS, gaussian_diffusion.SCHEDULES]
+    tables = [predictions.PREDICTIONS, NETWORKS, METHODS, readers.READERS, SOURCES, metrics.SCORES,
+              samplers.SAMPLERS, augment.AUGMENTATIONS, gaussian_diffusion.SCHEDULES]
     rows = re.findall(r"^\| .*? \| `[\w.]+\.(\w+)` \| (?:`--(\w+)`)?", PAGE, re.M)
     for table, (name, flag) in itertools.zip_longest(tables, rows):
         assert flag in ("", table.flag), name
