@@ -17,16 +17,15 @@ import numpy as np
 from ..data.scaling import to_16_bits
 from ..metrics import patient_of
 from ..system.errors import InputError
-from ..system.flag import Flag
 from . import SOURCES
 from .base import LeftOut, PreparedCase, Source, Unit
+from .splits import PATIENT_PATTERN, checked
 
 SUFFIXES = (".pickle", ".pkl", ".p")
-FLAGS = [Flag("patient_pattern", str, "", "regular expression for the patient at the start of a case's name (default:"
-              " the pickle's series_uid stands in for the patient)", "pickle")]
 
 
-@SOURCES.add("pickle", "data_lidc.pickle of the Probabilistic U-Net in PyTorch, and its like", FLAGS)
+@SOURCES.add("pickle", "data_lidc.pickle of the Probabilistic U-Net in PyTorch, and its like",
+             [PATIENT_PATTERN])
 class Pickles(Source):
     """Reads a pickle, or all of a folder, of the form {name: {"image": [H, W], "masks": [[H, W], ...], "series_uid":
     ...}}: images from 0 to 1 or of 8 or 16 bits, masks of any number of raters. Further entries are not copied. No code
@@ -37,12 +36,8 @@ class Pickles(Source):
 
     def __init__(self, path: Path, patient_pattern: str):
         super().__init__(path)
-        self.patient_pattern = patient_pattern
+        self.patient_pattern = checked(patient_pattern)
         self.split_by = "patient" if patient_pattern else "series"
-        try:
-            re.compile(patient_pattern)
-        except re.error as error:
-            raise InputError(f"--patient_pattern {patient_pattern}: is no regular expression ({error})") from None
 
     def units(self) -> Iterator[Unit | LeftOut]:
         paths = [self.path]

@@ -10,10 +10,12 @@ import numpy as np
 
 from ..data import pictures, scaling
 from ..data.readers.base import Readers, foreground
+from ..metrics import patient_of
 from ..system.errors import InputError
 from ..system.flag import Flag, several
 from . import SOURCES
 from .base import LeftOut, PreparedCase, Source, Unit
+from .splits import PATIENT_PATTERN, checked
 
 FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP")  # that no reader needs to take
 FLAGS = [
@@ -24,6 +26,7 @@ FLAGS = [
     Flag("missing_masks", ("leave_out", "empty", "skip"), "leave_out", "what it means that a rater has no file for a"
          " case. leave_out: nothing is known, and the case is left out; empty: the rater marked nothing; skip: the"
          " rater did not see the case", "pictures"),
+    PATIENT_PATTERN,
 ]
 
 
@@ -31,14 +34,15 @@ FLAGS = [
 class Pictures(Source):
     """Reads images and masks of one size, found by the patterns of --images and --masks. A pixel of a mask is
     foreground above half of full scale. With {patient} in the patterns a case is called PATIENT_CASE and
-    split by patient, else every case is split by itself.
+    split by patient. So it is with --patient_pattern. Else every case is split by itself.
     """
 
     example = "my_scans my_data --images 'scans/{patient}/{case}.tif' --masks 'a/{case}-a.gif' 'b/{case}-b.png'"
 
-    def __init__(self, path: Path, images: list[str], masks: list[str], missing_masks: str):
+    def __init__(self, path: Path, images: list[str], masks: list[str], missing_masks: str,
+                 patient_pattern: str = ""):
         super().__init__(path)
-        self.readers, self.missing_masks = Readers(), missing_masks
+        self.readers, self.missing_masks, self.patient_pattern = Readers(), missing_masks, checked(patient_pattern)
         self.images = [_Pattern("--images", pattern) for pattern in images]
         self.masks = [_Pattern("--masks", pattern) for pattern in masks]
         for flag, patterns in (("--images", self.images), ("--masks", self.masks)):
@@ -49,10 +53,12 @@ class Pictures(Source):
         with_patient = {"patient" in pattern.fields for pattern in self.images}
         if with_patient == {True, False}:
             raise InputError(f"--images {' '.join(images)}: give {{patient}} in all patterns, or in none")
-        self.has_patients = True in with_patient
-        if not self.has_patients and any("patient" in pattern.fields for pattern in self.masks):
+        has_patients = True in with_patient
+        if not has_patients and any("patient" in pattern.fields for pattern in self.masks):
             raise InputError(f"--masks {' '.join(masks)}: has {{patient}}, so give it in --images, too")
-        self.split_by = "patient" if self.has_patients else "case"
+        if has_patients and patient_pattern:
+            raise InputError(f"--patient_pattern {patient_pattern}: {{patient}} in --images says the same; give one")
+        self.split_by = "patient" if has_patients or patient_pattern else "case"
 
     def units(self) -> Iterator[Unit | LeftOut]:
         if not self.path.is_dir():
@@ -80,7 +86,7 @@ class Pictures(Source):
             if missing:
                 yield LeftOut(name, f"has no file for --images {missing[0]}; add it")
             else:
-                yield Unit(name, patient or case, ([channels[n] for n in sorted(channels)],
+                yield Unit(name, patient or patient_of(case, self.patient_pattern or ".*"), ([channels[n] for n in sorted(channels)],
                                                    [own.get(rater) for rater in raters]))
         for key in sorted(masks.keys() - seen):
             yield LeftOut(min(masks[key].values()), "is a mask without its image; add that")

@@ -27,7 +27,7 @@ from ..system.registry import load_plugin
 from ..system.terminal import progress
 from . import SOURCES
 from .base import LeftOut, Source
-from .splits import assign, shares_of
+from .splits import PARTS, assign, shares_of
 from .writing import WriteError, write_case
 
 JOURNAL, SPLIT, LEFT_OUT, UNFINISHED = ".prepared.jsonl", "split.json", "left_out.csv", ".unfinished"
@@ -389,7 +389,8 @@ def _link_folds(out, folds):
 def pieces(outcome: Outcome) -> Mapping[str, tuple[int, int]]:
     """The parts of what was prepared, with how many cases and how many patients (or series) each has."""
     found: dict[str, tuple[int, int]] = {}
-    for part in dict.fromkeys(row["part"] for row in outcome.rows):
+    for part in sorted({row["part"] for row in outcome.rows}, key=lambda part: (
+            PARTS.index(part) if part in PARTS else len(part), part)):
         rows = [row for row in outcome.rows if row["part"] == part]
         found[part] = len(rows), sum(other == part for other in outcome.parts.values())
     return found

@@ -1,13 +1,17 @@
 """Which part of a split the patients go to."""
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
 
 from ..system.errors import InputError
+from ..system.flag import Flag
 
 PARTS = ("train", "val", "test")
+PATIENT_PATTERN = Flag("patient_pattern", str, "", "regular expression for the patient at the start of a case's name, as"
+                       " in LIDC-IDRI-[0-9]+, where nothing else says whose a case is", "the split")
 
 
 def shares_of(split: str, folds: int) -> dict[str, float]:
@@ -32,6 +36,15 @@ def shares_of(split: str, folds: int) -> dict[str, float]:
     if len(numbers) != len(PARTS) or not all(0 <= number < np.inf for number in numbers) or not sum(numbers):
         raise InputError(f"--split {split}: is not three shares, of train, val and test, as in 60:20:20")
     return {part: number / sum(numbers) for part, number in zip(PARTS, numbers) if number}
+
+
+def checked(pattern: str) -> str:
+    """The value of --patient_pattern. :raises InputError: if it is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--patient_pattern {pattern}: is no regular expression ({error})") from None
+    return pattern
 
 
 def assign(patients: Iterable[str], shares: Mapping[str, float], seed: int, known: Mapping[str, str]

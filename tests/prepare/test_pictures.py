@@ -104,6 +104,18 @@ def test_patterns_that_cannot_be_are_refused(tmp_path, images, masks, words):
     assert words in refusal(Pictures, tmp_path, images, masks, "empty")
 
 
+def test_patients_are_taken_from_the_names_where_a_pattern_says_so(job, tmp_path, prepared):
+    for case in ("p1-a", "p1-b", "p2-a", "p3-a"):
+        save(tmp_path / "in" / case / "image.png", disc(8, 8, 1))
+        save(tmp_path / "in" / case / "mask.png", disc(8, 8, 2))
+    patterns = "{case}/image.*", ["{case}/mask.png"]
+    one = job(*patterns, split="1:1:1")
+    outcome = prepare(one._replace(flags={**one.flags, "patient_pattern": r"p\d"}), tmp_path / "out")
+    assert {*outcome.parts} == {"p1", "p2", "p3"} and outcome.split_by == "patient"
+    assert {row["patient"] for row in outcome.rows if row["case"].startswith("p1")} == {"p1"}
+    assert "says the same" in refusal(Pictures, tmp_path, ["{patient}/{case}.png"], ["{case}.png"], "empty", "p")
+
+
 def test_a_folder_without_such_files_is_refused(job, tmp_path):
     assert "no such folder" in refusal(prepare, job("{case}.png", ["{case}_m.png"]), tmp_path / "out")
     (tmp_path / "in").mkdir()
