@@ -86,8 +86,9 @@ class Pictures(Source):
             if missing:
                 yield LeftOut(name, f"has no file for --images {missing[0]}; add it")
             else:
-                yield Unit(name, patient or patient_of(case, self.patient_pattern or ".*"), ([channels[n] for n in sorted(channels)],
-                                                   [own.get(rater) for rater in raters]))
+                patient = patient or patient_of(case, self.patient_pattern or ".*")
+                paths = [channels[number] for number in sorted(channels)]
+                yield Unit(name, patient, (paths, [own.get(rater) for rater in raters]))
         for key in sorted(masks.keys() - seen):
             yield LeftOut(min(masks[key].values()), "is a mask without its image; add that")
 

@@ -10,8 +10,8 @@ from ..system.errors import InputError
 from ..system.flag import Flag
 
 PARTS = ("train", "val", "test")
-PATIENT_PATTERN = Flag("patient_pattern", str, "", "regular expression for the patient at the start of a case's name, as"
-                       " in LIDC-IDRI-[0-9]+, where nothing else says whose a case is", "the split")
+PATIENT_PATTERN = Flag("patient_pattern", str, "", "regular expression for the patient at the start of a case's name,"
+                       " as in LIDC-IDRI-[0-9]+, where nothing else says whose a case is", "the split")
 
 
 def shares_of(split: str, folds: int) -> dict[str, float]:
