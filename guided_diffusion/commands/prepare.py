@@ -10,6 +10,7 @@ case), split.json, and left_out.csv (what became no case, and why). The same com
 import argparse
 import inspect
 import os
+import shutil
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -119,13 +120,15 @@ def report(outcome: Outcome, args: SimpleNamespace) -> str:
               "case": "every case by itself, since nothing says whose it is"}[outcome.split_by]
         rows.append(("split", by))
         for part, (count, patients) in pieces(outcome).items():
-            many = {"series": "series", "case": "cases"}.get(outcome.split_by, "patients")
-            rows.append((part, f"{patients} {many}" if args.dry_run else f"{count} cases of {patients} {many}"))
+            many = {"patient": "patients", "series": "series", "case": "cases"}[outcome.split_by]
+            whole = args.dry_run or outcome.split_by == "case"
+            rows.append((part, f"{patients} {many}" if whole else f"{count} cases of {patients} {many}"))
     elif outcome.split_by == "patient":
-        rows.append(("patients", str(len({row.get("patient") for row in outcome.rows}))))
+        rows.append(("patients", str(outcome.patients)))
     if args.dry_run:
-        rows += [("disk", f"about {outcome.size / 1e6:.0f} MB"), ("from a sample of", f"{min(SAMPLE, outcome.units)} of"
-                                                                                       f" {outcome.units} units")]
+        free = shutil.disk_usage(next(path for path in Path(args.out).absolute().parents if path.exists())).free
+        rows += [("disk", f"about {outcome.size / 1e6:.3g} MB, of {free / 1e6:.0f} MB that are free"),
+                 ("from a sample of", f"{min(SAMPLE, outcome.units)} of {outcome.units} units")]
         return summary(f"would write about {cases:.0f} cases to {args.out}", rows + _left_out(outcome, about))
     if outcome.done_before:
         rows.append(("done before", f"{outcome.done_before} of {outcome.units} units"))

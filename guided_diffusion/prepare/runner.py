@@ -65,6 +65,7 @@ class Outcome(NamedTuple):
     units: int
     parts: dict[str, str]  # of a split by patient; empty without one
     split_by: str
+    patients: int  # or series, or cases, as split_by says
     size: float = 0.0  # of an estimate: bytes that all cases take
     cases: float = 0.0  # of an estimate: how many
     done_before: int = 0  # units that an earlier run has done
@@ -112,7 +113,8 @@ def prepare(job: Job, out: Path) -> Outcome:
     if not cases.rows:
         raise InputError(f"{job.path}: nothing of it became a case ({_first(left_out)}); {out / LEFT_OUT} has all"
                          f" reasons")
-    return Outcome(cases.rows, left_out, len(units), parts, source.split_by, done_before=len(units) - len(todo))
+    return Outcome(cases.rows, left_out, len(units), parts, source.split_by, _patients(units),
+                   done_before=len(units) - len(todo))
 
 
 def estimate(job: Job, folder: Path) -> Outcome:
@@ -131,7 +133,12 @@ def estimate(job: Job, folder: Path) -> Outcome:
     for path in folder.rglob("*"):
         size += path.lstat().st_size if path.is_dir() else -(-path.lstat().st_size // 4096) * 4096  # in whole blocks
     scale = len(units) / len(chosen)
-    return Outcome(rows, left_out, len(units), parts, source.split_by, size * scale, len(rows) * scale)
+    return Outcome(rows, left_out, len(units), parts, source.split_by, _patients(units), size * scale,
+                   len(rows) * scale)
+
+
+def _patients(units):
+    return len({unit.patient for unit in units})
 
 
 # ---- units and their parts ----

@@ -173,7 +173,9 @@ def _most(values):
 def _columns(table):
     """Rows of words: a name, and what each part has."""
     def word(value):
-        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        return "-" if value is None else str(value)
 
     words = {part: [part, *map(word, values.values())] for part, values in table.items()}
     widths = [max(map(len, column)) for column in words.values()]
