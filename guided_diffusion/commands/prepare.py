@@ -19,7 +19,8 @@ from types import SimpleNamespace
 
 from ..flags import FLAGS, load_plugins
 from ..prepare import SOURCES
-from ..prepare.runner import LEFT_OUT, SAMPLE, SPLIT, Job, Outcome, estimate, pieces, prepare, said
+from ..prepare.folder import LEFT_OUT, SPLIT
+from ..prepare.runner import SAMPLE, Job, Outcome, estimate, pieces, prepare, said
 from ..scoring import contents
 from ..system.errors import InputError
 from ..system.flag import Flag, check_value

@@ -12,7 +12,7 @@ from ..data import pictures, scaling
 from ..data.readers.base import Readers, foreground
 from ..metrics import patient_of
 from ..system.errors import InputError
-from ..system.flag import Flag, several
+from ..system.flag import Flag, parse_numbers, several
 from . import SOURCES
 from .base import LeftOut, PreparedCase, Source, Unit
 from .splits import PATIENT_PATTERN, checked
@@ -26,6 +26,8 @@ FLAGS = [
     Flag("missing_masks", ("leave_out", "empty", "skip"), "leave_out", "what it means that a rater has no file for a"
          " case. leave_out: nothing is known, and the case is left out; empty: the rater marked nothing; skip: the"
          " rater did not see the case", "pictures"),
+    Flag("foreground", str, "", "values of a mask that are foreground, as in 1,2 (default: what is above half of full"
+         " scale)", "pictures"),
     PATIENT_PATTERN,
 ]
 
@@ -33,16 +35,17 @@ FLAGS = [
 @SOURCES.add("pictures", "folders of images and of masks, found by patterns", FLAGS)
 class Pictures(Source):
     """Reads images and masks of one size, found by the patterns of --images and --masks. A pixel of a mask is
-    foreground above half of full scale. With {patient} in the patterns a case is called PATIENT_CASE and
-    split by patient. So it is with --patient_pattern. Else every case is split by itself.
+    foreground above half of full scale, or where --foreground says so. With {patient} in the patterns a case is called
+    PATIENT_CASE and split by patient. So it is with --patient_pattern. Else every case is split by itself.
     """
 
     example = "my_scans my_data --images 'scans/{patient}/{case}.tif' --masks 'a/{case}-a.gif' 'b/{case}-b.png'"
 
     def __init__(self, path: Path, images: list[str], masks: list[str], missing_masks: str,
-                 patient_pattern: str = ""):
+                 foreground: str, patient_pattern: str):
         super().__init__(path)
         self.readers, self.missing_masks, self.patient_pattern = Readers(), missing_masks, checked(patient_pattern)
+        self.foreground = parse_numbers(int, foreground, "foreground")
         self.images = [_Pattern("--images", pattern) for pattern in images]
         self.masks = [_Pattern("--masks", pattern) for pattern in masks]
         for flag, patterns in (("--images", self.images), ("--masks", self.masks)):
@@ -116,7 +119,13 @@ class Pictures(Source):
         if name is None:
             return np.zeros(image.shape[1:], bool)
         path = self.path / name
-        mask = self.readers.read_mask(path) if self.readers.suffix_of(path) else foreground(self._read(path), path)
+        if self.foreground:
+            pixels = self._read(path)
+            if len(pixels) != 1:
+                raise InputError(f"{path}: is in colour, but --foreground takes grey values; save it in grey")
+            mask = np.isin(pixels[0], self.foreground)
+        else:
+            mask = self.readers.read_mask(path) if self.readers.suffix_of(path) else foreground(self._read(path), path)
         _check_size(path, mask.shape, image)
         return mask
 

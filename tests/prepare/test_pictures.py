@@ -14,7 +14,7 @@ def job(tmp_path):
     """job(images, masks, **options) -> the Job of these patterns below tmp_path/in."""
     def make(images, masks, missing_masks="leave_out", **fields):
         flags = {"images": [images] if isinstance(images, str) else images, "masks": masks,
-                 "missing_masks": missing_masks}
+                 "missing_masks": missing_masks, "foreground": "", "patient_pattern": ""}
         return Job("pictures", tmp_path / "in", flags, **fields)
 
     return make
@@ -73,6 +73,19 @@ def test_a_missing_mask_means_what_the_flag_says(job, tmp_path, prepared):
         assert prepared(tmp_path / how)["b"][1].sum((1, 2)).tolist() == areas
 
 
+def test_values_of_a_label_map_are_foreground_where_the_flag_says_so(job, tmp_path, prepared):
+    save(tmp_path / "in" / "a.png", disc(4, 4, 1))
+    labels = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    save(tmp_path / "in" / "a_m.gif", labels)
+    one = job("{case}.png", ["{case}_m.gif"])
+    prepare(one._replace(flags={**one.flags, "foreground": "2,13"}), tmp_path / "out")
+    assert np.flatnonzero(prepared(tmp_path / "out")["a"][1]).tolist() == [2, 13]
+    save(tmp_path / "in" / "a_m.gif", np.stack([labels, labels, labels * 2], -1))
+    message = refusal(prepare, one._replace(flags={**one.flags, "foreground": "2"}), tmp_path / "colour")
+    assert "is in colour" in message
+    assert "--foreground x" in refusal(Pictures, tmp_path, ["{case}"], ["{case}"], "empty", "x", "")
+
+
 def test_what_does_not_fit_is_left_out_by_name(job, tmp_path):
     folder = tmp_path / "in"
     for case in ("good", "broken", "small", "bare", "grey"):
@@ -101,7 +114,7 @@ def test_what_does_not_fit_is_left_out_by_name(job, tmp_path):
     (["{patient}/{case}.png", "{case}.png"], ["{case}.png"], "in all patterns, or in none"),
     (["{case}.png"], ["{patient}/{case}.png"], "so give it in --images")])
 def test_patterns_that_cannot_be_are_refused(tmp_path, images, masks, words):
-    assert words in refusal(Pictures, tmp_path, images, masks, "empty")
+    assert words in refusal(Pictures, tmp_path, images, masks, "empty", "", "")
 
 
 def test_patients_are_taken_from_the_names_where_a_pattern_says_so(job, tmp_path, prepared):
@@ -113,7 +126,7 @@ def test_patients_are_taken_from_the_names_where_a_pattern_says_so(job, tmp_path
     outcome = prepare(one._replace(flags={**one.flags, "patient_pattern": r"p\d"}), tmp_path / "out")
     assert {*outcome.parts} == {"p1", "p2", "p3"} and outcome.split_by == "patient"
     assert {row["patient"] for row in outcome.rows if row["case"].startswith("p1")} == {"p1"}
-    assert "says the same" in refusal(Pictures, tmp_path, ["{patient}/{case}.png"], ["{case}.png"], "empty", "p")
+    assert "says the same" in refusal(Pictures, tmp_path, ["{patient}/{case}.png"], ["{case}.png"], "empty", "", "p")
 
 
 def test_a_folder_without_such_files_is_refused(job, tmp_path):

@@ -9,7 +9,7 @@ from helpers.files import tree
 from helpers.refusals import refusal
 
 from guided_diffusion.data import manifest
-from guided_diffusion.prepare import runner
+from guided_diffusion.prepare.folder import JOURNAL
 from guided_diffusion.prepare.runner import Job, estimate, prepare, said
 
 
@@ -69,7 +69,7 @@ def test_what_was_stopped_goes_on_and_does_nothing_twice(job, listed, tmp_path):
 
 def test_a_journal_that_was_cut_off_is_read_up_to_there(job, listed, tmp_path):
     prepare(job("u1 p1 a", "u2 p2 b"), tmp_path / "out")
-    journal = tmp_path / "out" / runner.JOURNAL
+    journal = tmp_path / "out" / JOURNAL
     journal.write_bytes(journal.read_bytes()[:-20])
     listed.seen.clear()
     prepare(job("u1 p1 a", "u2 p2 b"), tmp_path / "out")
@@ -130,6 +130,7 @@ def test_folds_are_folders_to_validate_on_with_links_to_train_on(job, tmp_path, 
     ({"split": "60:20:20"}, "too few"), ({"folds": 3}, "too few")])
 def test_splits_that_cannot_be_are_refused(job, tmp_path, fields, message):
     assert message in refusal(prepare, job("u1 p1 a", "u2 p2 b", **fields), tmp_path / "out")
+    assert prepare(job("u1 p1 a", "u2 p2 b"), tmp_path / "out").rows  # and the folder takes other options
 
 
 def test_a_split_of_the_source_is_kept_unless_a_patient_is_on_both_sides(job, listed, tmp_path, monkeypatch):
