@@ -31,7 +31,7 @@ class CaseFacts(NamedTuple):
 
     part: str
     case: str
-    patient: str
+    patient: str  # or the series, where the manifest knows no patients
     height: int
     width: int
     channels: int
@@ -100,7 +100,8 @@ def check(folder: Path, out: Path, options: Mapping[str, Any]) -> str:
 
     def look(item):
         part, case = item
-        patient = known[part].get(case.name, {}).get("patient") or patient_of(case.name, options["patient_pattern"])
+        row = known[part].get(case.name, {})
+        patient = row.get("patient") or row.get("series") or patient_of(case.name, options["patient_pattern"])
         try:
             image, raters, *_ = read_case(case, readers=readers)
             return facts_of(part, case.name, patient, image, raters)
