@@ -14,7 +14,8 @@ points of its training, from independent draws; those of diffusion also with sev
 beside the oracle and two samplers that are wrong on purpose: always the most likely outline, and always the mean. The
 same seed gives the same numbers on the same machine. Draws come from the averaged weights, or from the weights
 themselves while the average still holds 1 % of the random ones. Writes table.md, results.json and benchmark.png; a
-folder of --results_dir a method holds its training. Run again, it goes on where it was stopped.
+folder of --results_dir a method holds its training. Run again, it goes on where it was stopped. Core-minutes are
+minutes by the clock times threads, so nothing else should run on those cores.
 """
 
 import argparse
@@ -41,7 +42,8 @@ from guided_diffusion.system.errors import InputError
 SIZE, CROP = 64, 32  # pixels of a phantom, and of its central part, which holds every outline
 ORACLE, MOST_LIKELY, MEAN = "oracle: draws of the truth", "always the most likely outline", "always the mean, cut"
 COLUMNS = {"excess_GED": "excess GED", "total_variation": "total variation", "ECE": "ECE"}
-EARLIER = 5  # e-foldings of an average after which less than 1 % of it is the random weights
+TICKS = 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1  # of excess GED
+E_FOLDINGS = 5  # e-foldings of an average after which less than 1 % of it is the random weights
 
 
 def flags_of(preset, **changes):
@@ -124,15 +126,21 @@ def make(data_dir, count, seed):
     return data_dir
 
 
+def plan(args, method):
+    """Steps from one line of the log to the next, from one point to the next, and in all: a point has a line, which
+    knows what it has cost."""
+    between = (args.max_steps or args.minutes * METHODS[method][1]) / args.points
+    lines = math.ceil(between / 100)
+    interval = math.ceil(between / lines)
+    return interval, interval * lines, interval * lines * args.points
+
+
 def train(args, method, data_dir, folder):
-    """Train a method, or go on; its checkpoints are the points to score."""
-    flags, rate = METHODS[method]
-    between = (args.max_steps or args.minutes * rate) / args.points
-    logs = math.ceil(between / 100)  # between two points, the last of them at a point: it knows what that has cost
-    log_interval = math.ceil(between / logs)
-    flags = {**flags, "--use_bf16": fast_bf16(), "--seed": args.seed, "--log_interval": log_interval,
-             "--save_interval": log_interval * logs, "--lr_anneal_steps": log_interval * logs * args.points,
-             "--data_dir": data_dir, "--results_dir": folder}
+    """Train a method, or go on."""
+    log_interval, save_interval, steps = plan(args, method)
+    flags = {**METHODS[method][0], "--use_bf16": fast_bf16(), "--seed": args.seed, "--log_interval": log_interval,
+             "--save_interval": save_interval, "--lr_anneal_steps": steps, "--data_dir": data_dir,
+             "--results_dir": folder}
     run_script("segmentation_train.py", *(word for flag in flags.items() for word in flag))
 
 
@@ -140,10 +148,11 @@ def jobs(args, method, folder):
     """What is drawn of a training: rows with the name of the file of weights, without their scores."""
     stored = checkpoint.load_flags(folder)
     rate = stored["ema_rate"].split(",")[0]
-    points = checkpoint.steps_in(folder)
+    _, between, last = plan(args, method)
+    points = range(between, last + 1, between)
     usual, *others = args.sampling_steps if stored["method"] == "cimd" else [None]
-    for step, sampling in [(step, usual) for step in points] + [(points[-1], n) for n in others]:
-        averaged = step * (1 - float(rate)) >= EARLIER
+    for step, sampling in [(step, usual) for step in points] + [(last, n) for n in others]:
+        averaged = step * (1 - float(rate)) >= E_FOLDINGS
         seconds, seen = training_log(folder / checkpoint.model_name(step))
         yield {"name": f"{method}, step {step}" + (f", {sampling} sampling steps" if sampling else ""),
                "method": method, "training_steps": step, "sampling_steps": sampling,
@@ -219,6 +228,7 @@ def draw(stored, usual):
             line(panel, [row for row in rows if row["sampling_steps"] in (None, usual)], "core_minutes", column,
                  colours[method], method)
         panel.set(xlabel="core-minutes of training", ylabel=COLUMNS[column])
+        panel.set_xlim(left=0)
     for method, rows in methods.items():
         last = max(row["training_steps"] for row in rows)
         rows = [row for row in rows if row["training_steps"] == last]
@@ -230,10 +240,15 @@ def draw(stored, usual):
             axes[1].axhline(rows[0]["excess_GED"]["mean"], color=colours[method], label=f"{method}, one pass")
         predicted_and_true(axes[3], rows[0], colours[method], method)
     axes[1].set(xlabel="network evaluations a mask", ylabel=COLUMNS["excess_GED"])
+    axes[1].legend(fontsize="small")
     for panel, column in zip(axes, ("excess_GED", "excess_GED", "total_variation")):
         for name, colour, style in ((ORACLE, GREEN, "-"), (MOST_LIKELY, GREY, "--"), (MEAN, GREY, ":")):
             panel.axhline(stored[name][column]["mean"], color=colour, linestyle=style, label=name, linewidth=1)
+        if column == "excess_GED":  # logarithmic, and linear about the 0 of a perfect model
+            panel.set_yscale("symlog", linthresh=TICKS[1])
+            panel.set_yticks(TICKS, TICKS)
         panel.minorticks_off()
+    axes[0].legend(fontsize="small")
     predicted_and_true(axes[3], stored[ORACLE], GREEN, ORACLE)
     axes[3].plot([0, 1], [0, 1], color=GREY, linewidth=1)
     axes[3].set(xlabel="share of the ensemble that marks a pixel", ylabel="true probability")
@@ -241,7 +256,6 @@ def draw(stored, usual):
     for panel, title in zip(axes, titles):
         panel.set_title(title)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="x-small")
     return png(figure)
 
 
