@@ -209,7 +209,7 @@ def draw(stored, usual):
     from guided_diffusion.draw.plots import png
     from guided_diffusion.draw.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION
 
-    figure = Figure(figsize=(18, 4.8), layout="constrained")
+    figure = Figure(figsize=(18, 5), layout="constrained")
     axes = figure.subplots(1, 4)
     methods = {}  # name: its rows
     for name, scores in stored.items():
@@ -217,7 +217,7 @@ def draw(stored, usual):
             methods.setdefault(scores["method"], []).append(scores)
     colours = dict(zip(METHODS, (BLUE, VERMILLION, ORANGE, PURPLE)))
 
-    def line(panel, rows, x, column, colour, label):
+    def line(panel, rows, x, column, colour, label=None):
         points = sorted((row[x], row[column]["mean"], row[column]["low"], row[column]["high"]) for row in rows)
         x, mean, low, high = zip(*points)
         panel.plot(x, mean, "o-", color=colour, label=label)
@@ -233,36 +233,36 @@ def draw(stored, usual):
         last = max(row["training_steps"] for row in rows)
         rows = [row for row in rows if row["training_steps"] == last]
         if rows[0]["sampling_steps"]:
-            line(axes[1], rows, "sampling_steps", "excess_GED", colours[method], method)
+            line(axes[1], rows, "sampling_steps", "excess_GED", colours[method])
             axes[1].set_xscale("log")
             axes[1].set_xticks(*[sorted(row["sampling_steps"] for row in rows)] * 2)
         else:
-            axes[1].axhline(rows[0]["excess_GED"]["mean"], color=colours[method], label=f"{method}, one pass")
-        predicted_and_true(axes[3], rows[0], colours[method], method)
+            axes[1].axhline(rows[0]["excess_GED"]["mean"], color=colours[method])
+        predicted_and_true(axes[3], rows[0], colours[method])
     axes[1].set(xlabel="network evaluations a mask", ylabel=COLUMNS["excess_GED"])
-    axes[1].legend(fontsize="small")
     for panel, column in zip(axes, ("excess_GED", "excess_GED", "total_variation")):
         for name, colour, style in ((ORACLE, GREEN, "-"), (MOST_LIKELY, GREY, "--"), (MEAN, GREY, ":")):
             panel.axhline(stored[name][column]["mean"], color=colour, linestyle=style, label=name, linewidth=1)
         if column == "excess_GED":  # logarithmic, and linear about the 0 of a perfect model
-            panel.set_yscale("symlog", linthresh=TICKS[1])
+            panel.set_yscale("symlog", linthresh=TICKS[1], linscale=0.3)
+            panel.set_ylim(bottom=-TICKS[1] / 2)
             panel.set_yticks(TICKS, TICKS)
         panel.minorticks_off()
-    axes[0].legend(fontsize="small")
-    predicted_and_true(axes[3], stored[ORACLE], GREEN, ORACLE)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS) + 3)
+    predicted_and_true(axes[3], stored[ORACLE], GREEN)
     axes[3].plot([0, 1], [0, 1], color=GREY, linewidth=1)
     axes[3].set(xlabel="share of the ensemble that marks a pixel", ylabel="true probability")
-    titles = "Training", "Sampling, at the end of training", "Training", "Calibration, at the end of training"
+    titles = "Training", "Sampling at the end (level lines: one pass)", "Training", "Calibration at the end"
     for panel, title in zip(axes, titles):
         panel.set_title(title)
         panel.grid(alpha=0.3)
     return png(figure)
 
 
-def predicted_and_true(panel, row, colour, label):
+def predicted_and_true(panel, row, colour):
     pixels, predicted, true = np.array(row["calibration"])
     used = pixels > 0
-    panel.plot(predicted[used] / pixels[used], true[used] / pixels[used], "o-", color=colour, label=label, markersize=4)
+    panel.plot(predicted[used] / pixels[used], true[used] / pixels[used], "o-", color=colour, markersize=4)
 
 
 if __name__ == "__main__":
