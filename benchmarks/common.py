@@ -29,13 +29,13 @@ def run_script(name, *flags):
         sys.exit(done.returncode)
 
 
-def load_sampler(model_path, respacing, seed=0, batch_size=64, sampler="ancestral", bf16=None):
+def load_sampler(model_path, respacing, seed=0, batch_size=64, sampler="ancestral", bf16=None, **drawing):
     """An EnsembleSampler of a checkpoint whose flags are stored, walking a --timestep_respacing; in bfloat16 where
-    that is fast, unless told."""
+    that is fast, unless told. drawing: further flags of sampling."""
     model_path, args = pretrained.path_of(model_path), SimpleNamespace(**defaults("model", "diffusion", "method"))
     apply_stored_flags(args, {}, *checkpoint.flags_of(model_path))
     args.timestep_respacing = respacing
-    method = script_util.create_method(script_util.drawing_flags(args, sampler=sampler), training=False)
+    method = script_util.create_method(script_util.drawing_flags(args, sampler=sampler, **drawing), training=False)
     checkpoint.load_model(method.model, model_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method.to(device).prepare(torch.bfloat16 if bf16 or bf16 is None and fast_bf16() else None)

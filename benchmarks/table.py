@@ -212,18 +212,26 @@ def seconds(method, case, count, seed):
 
 def training(path, cores):
     """Core-hours and scans seen, blank where unknown."""
-    facts, log = {}, storage.join(storage.folder_of(path), "progress.json")
+    facts = {}
     if checkpoint.is_safetensors(path):
         facts = checkpoint.metadata_of(path)
-    elif storage.exists(log):
-        entries = [json.loads(line) for line in storage.read_bytes(log).decode().splitlines()]
-        step = checkpoint.step_of(path)
-        entries = [entry for entry in entries if step is None or entry["step"] <= step]
-        clock = [entry["seconds"] for entry in entries]  # starts anew whenever the run was gone on with
-        spent = sum(now for now, after in zip(clock, [*clock[1:], 0]) if after < now)
-        seen = [entry["samples"] for entry in entries if "samples" in entry]
-        facts = {"core_hours": f"{spent * cores / 3600:.2f}", "scans_seen": str(int(seen[-1])) if seen else ""}
+    elif log := training_log(path):
+        facts = {"core_hours": f"{log[0] * cores / 3600:.2f}", "scans_seen": str(log[1] or "")}
     return {"core-hours": facts.get("core_hours", ""), "scans seen": facts.get("scans_seen", "")}
+
+
+def training_log(path):
+    """Seconds of training and scans seen (None if unknown) of a checkpoint, from progress.json beside it; None without.
+    """
+    log = storage.join(storage.folder_of(path), "progress.json")
+    if not storage.exists(log):
+        return None
+    entries = [json.loads(line) for line in storage.read_bytes(log).decode().splitlines()]
+    step = checkpoint.step_of(path)
+    entries = [entry for entry in entries if step is None or entry["step"] <= step]
+    clock = [entry["seconds"] for entry in entries]  # starts anew whenever the run was gone on with
+    seen = [int(entry["samples"]) for entry in entries if "samples" in entry]
+    return sum(now for now, after in zip(clock, [*clock[1:], 0]) if after < now), seen[-1] if seen else None
 
 
 def command(path):

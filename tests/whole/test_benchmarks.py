@@ -44,19 +44,24 @@ def benchmark(environment, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.long
-def test_phantom_benchmark_reports_every_row_and_the_same_again(benchmark, tmp_path):
+def test_phantom_benchmark_reports_every_row_and_the_same_again(benchmark, tmp_path, monkeypatch):
     tables = []
-    for _ in range(2):  # the second one finds its model trained
-        result = benchmark("phantom.py", "--num_train", 3, "--num_cases", 2, "--num_ensemble", 2, "--max_steps", 2,
-                           "--points", 2, "--sampling_steps", "2,1", "--results_dir", "a")
+    flags = ["--methods", "cimd,energy", "--num_train", 3, "--num_cases", 2, "--num_ensemble", 2, "--max_steps", 2,
+             "--points", 2, "--sampling_steps", "2,1", "--results_dir", "a"]
+    for _ in range(2):  # the second one finds its models trained, and their masks scored
+        result = benchmark("phantom.py", *flags)
         tables.append((tmp_path / "a" / "table.md").read_text())
         assert result.code == 0 and tables[-1] in result.out
+        monkeypatch.setattr(importlib.import_module("phantom"), "load_sampler", None)
     assert tables[0] == tables[1] and (tmp_path / "a" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert [(row["training_steps"], row["sampling_steps"]) for row in results.values()] == [
-        (1, 2), (2, 2), (2, 1), (None, None), (None, None), (None, None)]
+    trained = [tuple(row[name] for name in ("method", "training_steps", "sampling_steps", "scans_seen"))
+               for row in results.values() if "method" in row]
+    assert trained == [("cimd", 1, 2, 8), ("cimd", 2, 2, 16), ("cimd", 2, 1, 16),
+                       ("energy", 1, None, 8), ("energy", 2, None, 16)] and len(results) == len(trained) + 3
     for row in results.values():
         assert row["excess_GED"]["low"] <= row["excess_GED"]["mean"] <= row["excess_GED"]["high"]
+    assert benchmark("phantom.py", "--methods", "emergy").code == 2
 
 
 def test_truth_scores_tell_the_oracle_from_samplers_that_are_wrong_on_purpose():
