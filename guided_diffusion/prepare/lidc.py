@@ -16,7 +16,7 @@ from ..system.errors import InputError
 from ..system.flag import Flag, parse_numbers
 from . import SOURCES
 from .base import LeftOut, PreparedCase, Source, Unit
-from .ct_series import Head, Series, find_files, head_of, pydicom, read_series
+from .ct_series import Series, find_files, head_of, pydicom, read_series
 from .lidc_marks import find_nodules, merges, place_marks
 from .lidc_nodules import Mark
 from .lidc_xml import series_of, sessions_of
@@ -85,21 +85,19 @@ class Lidc(Source):
             if uid not in heads:
                 yield from (LeftOut(self._name(path), f"names the series {uid}, which is not there; download it")
                             for path in paths)
-        for uid, files in heads.items():
-            if files[0].modality not in ("CT", ""):
-                yield LeftOut(f"series {uid}", f"is of the modality {files[0].modality}, not a CT")
-            elif uid not in readings:
-                yield LeftOut(f"series {uid}", f"no XML file names it ({self._name(files[0].path)}); put its XML file"
-                              f" below {self.path}, or name the folder with --xml")
-        yield from self._units({uid: files for uid, files in heads.items()
-                                if uid in readings and files[0].modality in ("CT", "")}, readings)
-
-    def _units(self, heads: dict[str, list[Head]], readings):
-        patients = sorted({files[0].patient for files in heads.values()})
-        for number, patient in enumerate(patients, 1):
-            name = patient if CASE_NUMBER.fullmatch(patient) else f"patient-{number:04}"
-            for series, uid in enumerate(sorted(uid for uid in heads if heads[uid][0].patient == patient), 1):
-                yield Unit(f"{name}-s{series}", name, (uid, [head.path for head in heads[uid]], readings[uid]))
+        patients: dict[str, int] = {}  # those before it, and their number of CTs
+        for patient, uid in sorted((files[0].patient, uid) for uid, files in heads.items()):
+            files = [head.path for head in heads[uid]]
+            if heads[uid][0].modality not in ("CT", ""):
+                yield LeftOut(f"series {uid}", f"is of the modality {heads[uid][0].modality}, not a CT")
+                continue
+            patients[patient] = patients.get(patient, 0) + 1
+            if uid not in readings:
+                yield LeftOut(f"series {uid}", f"no XML file names it ({self._name(files[0])}); put its XML file below"
+                              f" {self.path}, or name the folder with --xml")
+                continue
+            name = patient if CASE_NUMBER.fullmatch(patient) else f"patient-{len(patients):04}"
+            yield Unit(f"{name}-s{patients[patient]}", name, (uid, files, readings[uid]))
 
     def _name(self, path):
         """A file's name for messages, short where it lies below INPUT."""
@@ -124,9 +122,8 @@ class Lidc(Source):
             else:
                 taken[self._name(path)] = found
                 sessions += found
-        if not sessions:
+        if taken and not sessions:
             yield LeftOut(unit.name, "its XML files hold no reading session")
-            return
         sessions = sessions[:self.max_raters or None]
         marks, broken, problems = place_marks(series, sessions, self.unrated, self.point_marks)
         yield from (LeftOut(unit.name, problem) for problem in problems)
