@@ -21,21 +21,22 @@ from .lidc_marks import find_nodules, merges, place_marks
 from .lidc_nodules import Mark
 from .lidc_xml import series_of, sessions_of
 
+LEAST_SPACING = 0.05  # mm; finer ones would end in want of memory
 CASE_NUMBER = re.compile(r"LIDC-IDRI-\d+")  # the source's own; no other PatientID is copied
 FLAGS = [
-    Flag("xml", str, "", "folder of the XML files, where they do not lie below INPUT", "lidc"),
+    Flag("xml", str, "", "folder of the XML files, where they do not lie below INPUT", "the cases"),
     Flag("window", str, "-1000,400", "Hounsfield units that become black and white; written with =, as in"
-         " --window=-1000,400", "lidc"),
-    Flag("spacing", float, 0.0, "distance of pixels in mm to resample to (0: as it is)", "lidc", least=0),
+         " --window=-1000,400", "the cases"),
+    Flag("spacing", float, 0.0, "distance of pixels in mm to resample to (0: as it is)", "the cases", least=0),
     Flag("size", int, 128, "side in pixels of the square around a nodule's centre (0: whole slices, with all nodules)",
-         "lidc", least=0, most=8192),
+         "the cases", least=0, most=8192),
     Flag("slices", ("all", "largest"), "all", "all marked slices of a nodule, or the one with the largest area",
-         "lidc"),
-    Flag("context", int, 0, "so many slices before and after become further channels", "lidc", least=0, most=64),
-    Flag("max_raters", int, 0, "take the first so many readers of a series (0: all)", "lidc", least=0),
-    Flag("unrated", bool, True, "count nodules whose characteristics are missing or 0", "lidc"),
+         "the cases"),
+    Flag("context", int, 0, "so many slices before and after become further channels", "the cases", least=0, most=64),
+    Flag("max_raters", int, 0, "take the first so many readers of a series (0: all)", "the cases", least=0),
+    Flag("unrated", bool, True, "count nodules whose characteristics are missing or 0", "the cases"),
     Flag("point_marks", bool, False, "count slices as marked that have only a single point, or an outline that encloses"
-         " nothing; their masks are empty", "lidc"),
+         " nothing; their masks are empty", "the cases"),
 ]
 
 
@@ -56,6 +57,8 @@ class Lidc(Source):
         self.window = parse_numbers(float, window, "window")
         if len(self.window) != 2 or not -np.inf < self.window[0] < self.window[1] < np.inf:
             raise InputError(f"--window {window}: must be two numbers, the lower one first, as in --window=-1000,400")
+        if 0 < spacing < LEAST_SPACING:
+            raise InputError(f"--spacing {spacing:g}: must be 0, or at least {LEAST_SPACING} mm")
         pydicom()
 
     # ---- what there is ----
@@ -66,9 +69,9 @@ class Lidc(Source):
         folders = [self.path, *([Path(self.xml)] if self.xml else [])]
         if self.xml and Path(self.xml).resolve().is_relative_to(self.path.resolve()):
             folders.pop()  # is found with the rest
-        for folder in folders:
+        for name, folder in zip(("INPUT", "--xml"), folders):
             if not folder.is_dir():
-                raise InputError(f"{folder}: no such folder")
+                raise InputError(f"{name} {folder}: is no folder")
         for path in (path for folder in folders for path in find_files(folder)):
             try:
                 if path.suffix.lower() == ".xml":

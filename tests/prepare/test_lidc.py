@@ -345,8 +345,12 @@ def test_a_folder_of_other_things_is_refused_and_flags_are_checked(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(InputError, match="holds neither DICOM nor XML files"):
         prepare(tmp_path)
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="INPUT .*none: is no folder"):
         prepare(tmp_path / "none")
+    with pytest.raises(InputError, match="--xml none: is no folder"):
+        prepare(tmp_path, xml="none")
+    with pytest.raises(InputError, match="--spacing 0.001: must be 0, or at least"):
+        prepare(tmp_path, spacing=0.001)
     for window in ("400,-1000", "1", "a,b", "0,inf", "nan,1"):
         with pytest.raises(InputError, match="--window"):
             prepare(tmp_path, window=window)

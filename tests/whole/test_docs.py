@@ -17,6 +17,7 @@ from guided_diffusion import Segmenter, __version__
 from guided_diffusion.commands.cli import parse_flags
 from guided_diffusion.commands.phantoms import create_argparser
 from guided_diffusion.flags import FLAGS
+from guided_diffusion.prepare import SOURCES
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (
     *(ROOT / f"{name}.md" for name in ("README", "SECURITY", "CONTRIBUTING", "CHANGELOG")), ROOT / "data" / "README.md",
@@ -56,7 +57,7 @@ def known_flags():
     """Every flag of the commands, the benchmarks and torchrun, as their own code has it."""
     benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
     return {"version", *flags_of(argparse.ArgumentParser()), *flags_of(create_argparser()),
-            *flags_of(get_args_parser()), *(flag.name for flag in FLAGS),
+            *flags_of(get_args_parser()), *(flag.name for flag in [*FLAGS, *SOURCES.flags()]),
             *re.findall(r'add_argument\("--(\w+)"', benchmarks), *re.findall(r'Flag\("(\w+)"', PAGES[EXTENDING])}
 
 
