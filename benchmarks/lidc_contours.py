@@ -34,6 +34,7 @@ from tqdm import tqdm
 from guided_diffusion.prepare.ct_series import read_series
 from guided_diffusion.prepare.lidc import FLAGS, Lidc
 from guided_diffusion.prepare.lidc_marks import find_nodules, merges, place_marks
+from guided_diffusion.prepare.lidc_masks import closed, interior
 from guided_diffusion.prepare.lidc_xml import sessions_of
 
 SIDE = 512  # of every slice
@@ -77,16 +78,28 @@ def read_scans(path, count=0):
 def pylidc_nodules(marks, tolerance):
     """The annotations of each nodule by pylidc's rule."""
     names = list(marks)
-    points = [np.array([(*point, place) for _, place, points in marks[name] for point in points]) for name in names]
-    trees = [cKDTree(each) for each in points]
+    trees = [cKDTree(points_of(marks[name])) for name in names]
     distance = np.zeros((len(names), len(names)))
     for a, b in itertools.combinations(range(len(names)), 2):
-        distance[a, b] = distance[b, a] = trees[a].query(points[b])[0].min()
+        distance[a, b] = distance[b, a] = trees[a].query(trees[b].data)[0].min()
     while True:
         _, label = connected_components(distance <= tolerance, directed=False)
         if np.bincount(label).max() <= 4 or tolerance * 0.9 < 0.1:
             return [[name for name, own in zip(names, label) if own == each] for each in range(label.max() + 1)]
         tolerance *= 0.9
+
+
+def points_of(mark):
+    """The points of a mark, [P, 3]: column, row, slice."""
+    return np.array([(*point, place) for _, place, points in mark for point in points], float)
+
+
+def distances(scan, a, b):
+    """Of two marks, in pixels and slices, and in mm."""
+    a, b = points_of(scan.marks[a]), points_of(scan.marks[b])
+    mm = [np.column_stack([points[:, :2] * scan.spacing, scan.positions[points[:, 2].astype(int)]])
+          for points in (a, b)]
+    return cKDTree(a).query(b)[0].min(), cKDTree(mm[0]).query(mm[1])[0].min()
 
 
 # ---- written, and read back ----
@@ -108,6 +121,10 @@ def compare(scan, counts):
         assert of.keys() == mark.lesions.keys()
         for place, outlines in of.items():
             counts["outlines"] += len(outlines)
+            for _, points in outlines:
+                counts["outlines with gaps"] += np.abs(np.diff([*points, points[0]], axis=0)).max() > 1
+                counts["outlines that are open"] += points[0] != points[-1]
+                counts["outlines that enclose nothing"] += not len(interior(closed(points)))
             counts["masks (of a mark on a slice)"] += 1
             counts["masks that are empty"] += not len(mark.lesions[place])
             wrong = not np.array_equal(mark.lesions[place], flooded(outlines))
@@ -122,9 +139,11 @@ def compare(scan, counts):
     own = {frozenset(marks[i].name for i in nodule.group.marks): nodule for nodule in ours}
     counts["nodules alike"] += len(theirs & own.keys())
     for names in sorted(own.keys() - theirs, key=sorted):
-        also = [sorted(each) for each in theirs if each & names]
-        print(f"{scan.patient} (scan {scan.number}, {scan.thickness:g} mm): {sorted(names)}, by pylidc {sorted(also)}:",
-              "; ".join(merges(own[names].group, marks)))
+        also = sorted(sorted(map(int, each)) for each in theirs if each & names)
+        print(f"{scan.patient}, scan {scan.number}: marks {sorted(map(int, names))} ("
+              f"{'; '.join(merges(own[names].group, marks))}), by pylidc {also}; tolerance {scan.thickness:g}")
+        for a, b in itertools.combinations(sorted(set().union(*also)), 2):
+            print("  marks {} and {}: {:.2f} pixels and slices, {:.2f} mm".format(a, b, *distances(scan, a, b)))
 
 
 def write(scan, folder):

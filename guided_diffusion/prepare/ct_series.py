@@ -37,7 +37,7 @@ class Slice(NamedTuple):
 
     path: Path
     uid: str  # SOPInstanceUID
-    position: float  # along the body's axis, mm
+    position: float  # along the body's axis, mm, to 0.001
     number: int  # InstanceNumber; 0 if it has none
 
 
@@ -141,7 +141,7 @@ def read_series(paths: Iterable[Path]) -> tuple[Series, list[LeftOut]]:
             rows, columns = np.array(values["ImageOrientationPatient"], float).reshape(2, 3)
             position = np.array(values["ImagePositionPatient"], float)
             kind = (int(data.Rows), int(data.Columns), *map(float, data.PixelSpacing))
-            each = Slice(path, str(data.SOPInstanceUID), float(position[2]), int(data.get("InstanceNumber") or 0))
+            each = Slice(path, str(data.SOPInstanceUID), round(float(position[2]), 3), int(data.get("InstanceNumber") or 0))
             thickness = float(data.get("SliceThickness") or 0) or None
         except Exception as error:
             left_out.append(LeftOut(str(path), _damaged(error)))

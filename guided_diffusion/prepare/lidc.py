@@ -120,17 +120,17 @@ class Lidc(Source):
             except InputError as error:
                 yield LeftOut(self._name(path), str(error))
                 continue
-            if found in taken.values():
-                yield LeftOut(self._name(path), f"says the same as {next(n for n in taken if taken[n] == found)}")
+            if same := [other for other in taken if taken[other] == found]:
+                yield LeftOut(self._name(path), f"says the same as {self._name(same[0])}")
             else:
-                taken[self._name(path)] = found
+                taken[path] = found
                 sessions += found
         if taken and not sessions:
             yield LeftOut(unit.name, "its XML files hold no reading session")
         sessions = sessions[:self.max_raters or None]
         marks, broken, problems = place_marks(series, sessions, self.unrated, self.point_marks)
         yield from (LeftOut(unit.name, problem) for problem in problems)
-        known = {"series": uid, "window": self.window, "tolerance": series.thickness, "xml": "; ".join(taken),
+        known = {"series": uid, "window": self.window, "tolerance": series.thickness, "xml": "; ".join(path.name for path in taken),
                  "sessions": len(sessions)}
         yield from self._cases(unit.name, series, marks, broken, known)
 
