@@ -143,6 +143,8 @@ def compare(scan, counts):
         print(f"{scan.patient}, scan {scan.number}: marks {sorted(map(int, names))} ("
               f"{'; '.join(merges(own[names].group, marks))}), by pylidc {also}; tolerance {scan.thickness:g}")
         for a, b in itertools.combinations(sorted(set().union(*also)), 2):
+            if {str(a), str(b)} <= names and any({a, b} <= set(each) for each in also):
+                continue  # of one nodule by both rules
             print("  marks {} and {}: {:.2f} pixels and slices, {:.2f} mm".format(a, b, *distances(scan, a, b)))
 
 

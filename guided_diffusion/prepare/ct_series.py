@@ -141,7 +141,8 @@ def read_series(paths: Iterable[Path]) -> tuple[Series, list[LeftOut]]:
             rows, columns = np.array(values["ImageOrientationPatient"], float).reshape(2, 3)
             position = np.array(values["ImagePositionPatient"], float)
             kind = (int(data.Rows), int(data.Columns), *map(float, data.PixelSpacing))
-            each = Slice(path, str(data.SOPInstanceUID), round(float(position[2]), 3), int(data.get("InstanceNumber") or 0))
+            number = int(data.get("InstanceNumber") or 0)
+            each = Slice(path, str(data.SOPInstanceUID), round(float(position[2]), 3), number)
             thickness = float(data.get("SliceThickness") or 0) or None
         except Exception as error:
             left_out.append(LeftOut(str(path), _damaged(error)))

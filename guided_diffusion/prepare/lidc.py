@@ -130,8 +130,8 @@ class Lidc(Source):
         sessions = sessions[:self.max_raters or None]
         marks, broken, problems = place_marks(series, sessions, self.unrated, self.point_marks)
         yield from (LeftOut(unit.name, problem) for problem in problems)
-        known = {"series": uid, "window": self.window, "tolerance": series.thickness, "xml": "; ".join(path.name for path in taken),
-                 "sessions": len(sessions)}
+        known = {"series": uid, "window": self.window, "tolerance": series.thickness, "sessions": len(sessions),
+                 "xml": "; ".join(path.name for path in taken)}  # folders may be called by names of patients
         yield from self._cases(unit.name, series, marks, broken, known)
 
     def _cases(self, name: str, series: Series, marks: list[Mark], broken: set[int], known):
