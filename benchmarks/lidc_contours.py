@@ -124,7 +124,9 @@ def compare(scan, counts):
             for _, points in outlines:
                 counts["outlines with gaps"] += np.abs(np.diff([*points, points[0]], axis=0)).max() > 1
                 counts["outlines that are open"] += points[0] != points[-1]
-                counts["outlines that enclose nothing"] += not len(interior(closed(points)))
+                inside = {*map(tuple, interior(closed(points)).tolist())}
+                counts["outlines that enclose nothing"] += not inside
+                counts["outlines that the even-odd rule fills otherwise"] += inside != even_odd(points)
             counts["masks (of a mark on a slice)"] += 1
             counts["masks that are empty"] += not len(mark.lesions[place])
             wrong = not np.array_equal(mark.lesions[place], flooded(outlines))
@@ -193,6 +195,17 @@ def flooded(outlines):
         (inside if inclusion else outside)[window] |= ndimage.binary_fill_holes(wall) & ~wall
         outside[window] |= wall
     return np.flatnonzero(inside & ~outside)
+
+
+def even_odd(points):
+    """The pixels (x, y) around which an outline turns an odd number of times, without its own."""
+    outline = closed(points)
+    x, y = np.meshgrid(*(np.arange(low, high) for low, high in zip(outline.min(0), outline.max(0) + 1)))
+    odd = np.zeros(x.shape, bool)
+    for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
+        if y0 != y1:
+            odd ^= ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    return {*zip(x[odd].tolist(), y[odd].tolist())} - {*map(tuple, outline.tolist())}
 
 
 if __name__ == "__main__":

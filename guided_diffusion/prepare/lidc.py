@@ -136,9 +136,9 @@ class Lidc(Source):
 
     def _cases(self, name: str, series: Series, marks: list[Mark], broken: set[int], known):
         found = dict(enumerate(find_nodules(series, marks), 1))
-        wanted = {number: self._slices_of(nodule) for number, nodule in found.items()}
+        wanted = {number: self._slices_of(nodule, broken) for number, nodule in found.items()}
         read = lru_cache(2 * self.context + 2)(series.hounsfield)
-        for place in sorted(set().union(*wanted.values()) - broken):
+        for place in sorted(set().union(*wanted.values())):
             try:
                 image = np.stack([self._grey(read(each)) for each in series.neighbours(place, self.context)])
             except InputError as error:
@@ -162,9 +162,10 @@ class Lidc(Source):
                                          if self.point_marks or len(mark.lesions[place])}),
                     "merges": "; ".join(words for number in numbers for words in merges(found[number].group, marks))})
 
-    def _slices_of(self, nodule):
+    def _slices_of(self, nodule, broken):
         """The slices of a nodule that become cases."""
-        marked = [place for place, area in sorted(nodule.areas.items()) if area or self.point_marks]
+        marked = [place for place, area in sorted(nodule.areas.items())
+                  if place not in broken and (area or self.point_marks)]
         if self.slices == "largest":
             marked = sorted(marked, key=nodule.areas.get, reverse=True)[:1]
         return marked
