@@ -11,6 +11,7 @@ from . import pretrained
 from .data.augment import AUGMENTATIONS
 from .data.fitting import FITS
 from .data.readers import READERS
+from .data.windows import WINDOWS
 from .gaussian_diffusion import SCHEDULES
 from .methods import METHODS
 from .metrics import PATIENT_PATTERN, SCORES
@@ -49,6 +50,9 @@ _COMMON = [
     Flag("batch_size", int, 1, "examples per process and step", "training", least=1, most=10 ** 6),
     Flag("augment", str, "", "change training examples at random, at every visit anew: any of these names, separated by"
          f" commas. {AUGMENTATIONS.words()}", "training"),
+    Flag("window", tuple(WINDOWS), "uniform", "with --fit tile, where the window of image_size lies that a scan is seen"
+         f" through, at every visit anew. {'; '.join(f'{name}: {words}' for name, words in WINDOWS.items())}",
+         "training"),
     Flag("microbatch", int, -1, "split each batch into parts of this size to save memory; the result is the same"
          " (-1: do not)", "training"),
     Flag("ema_rate", str, "0.9999", "rates of the moving averages of the weights, separated by commas", "training"),

@@ -12,6 +12,7 @@ kept in a hidden file, so that a run that was stopped goes on.
 
 import contextlib
 import itertools
+import math
 import shlex
 import sys
 import time
@@ -29,6 +30,7 @@ from ..data.masks import to_masks
 from ..data.readers.base import refuse_unused
 from ..flags import apply_stored_flags, settle
 from ..live.views import SamplingView
+from ..networks.tiles import tiles
 from ..sampling import ensembles, files
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
 from ..script_util import autocast_dtype, create_method
@@ -123,7 +125,9 @@ def main() -> None:
 
     # no batch is larger than all there is to draw, whatever is already done and however many processes share it
     auto = args.batch_size == "auto"
-    largest = ensembles.largest_batch(dist_util.dev(), args.image_size) if auto else args.batch_size
+    size = (args.image_size,) * 2 if args.fit != "tile" else max(
+        (cases.fitting(i).fitted for i in range(len(cases)) if i not in cases.problems), key=math.prod)
+    largest = ensembles.largest_batch(dist_util.dev(), math.prod(size)) if auto else args.batch_size
     batch_size = min(largest, len(cases) * args.num_ensemble)
     sampler = ensembles.EnsembleSampler(method.to(dist_util.dev()), batch_size=batch_size, seed=args.seed)
     logger.configure(enabled=rank == 0)
@@ -135,7 +139,11 @@ def main() -> None:
     if problems:
         logger.log(f"{len(problems)} more are left out, since their files cannot be read; all are named at the end")
     method.prepare(dtype, args.compile)
-    blank = np.zeros((args.image_channels, args.image_size, args.image_size), np.float32)
+    if args.fit == "tile":
+        method.tile(args.image_size)
+        logger.log(f"scans are drawn by tiles of {args.image_size} pixels, the largest by"
+                   f" {len(tiles(*size, args.image_size))}; each takes so many network calls")
+    blank = np.zeros((args.image_channels, *size), np.float32)
     if auto:
         sampler.fit_batch_size(blank)
         batch_size = sampler.batch_size

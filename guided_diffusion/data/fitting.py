@@ -15,6 +15,7 @@ FITS = {
     "resize": "scale it to the square, whatever its aspect ratio",
     "crop": "see the central square alone; beyond it no mask has anything",
     "pad": "repeat the edge of a smaller scan around it",
+    "tile": "draw a larger scan by overlapping tiles that are blended; training takes windows of it, see --window",
 }
 
 
@@ -27,7 +28,9 @@ class Fitting(NamedTuple):
 
     @property
     def fitted(self) -> tuple[int, int]:
-        """The size that the scan is brought to, (h, w)."""
+        """The size that the scan is brought to, (h, w): for tiles at least a square of that side, and even."""
+        if self.fit == "tile":
+            return tuple(max(self.side, length + length % 2) for length in self.size)
         return self.side, self.side
 
     @property
@@ -39,7 +42,7 @@ class Fitting(NamedTuple):
         """Raise InputError, calling the scan `what`, unless there is such a way."""
         height, width = self.size
         known = fits_between(self.size, self.side)
-        if self.changes and self.fit not in known:
+        if self.changes and self.fit not in (*known, "tile"):
             why = f"but --image_size is {self.side}" if self.fit == "error" else (
                 f"too {'small' if self.fit == 'crop' else 'large'} for --fit {self.fit} to --image_size {self.side}")
             remedies = " or ".join(f"--fit {name}" for name in known)
@@ -88,8 +91,8 @@ class Fitting(NamedTuple):
 
 
 def fits_between(size: tuple[int, int], side: int) -> list[str]:
-    """The names of FITS that take a scan of this size, (H, W), to side x side."""
-    return ["resize", *["crop"] * (min(size) >= side), *["pad"] * (max(size) <= side)]
+    """The names of FITS that take a scan of this size, (H, W), to side x side, or to tiles of it."""
+    return ["resize", *["crop"] * (min(size) >= side), "pad" if max(size) <= side else "tile"]
 
 
 def _resize(pixels, size):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..data.stream import Batch
 from ..networks.base import Encoded
+from ..networks.tiles import tiled
 
 Row = tuple[int, str, int]  # a member to draw: which of the encoded scans, the name of its case, its number
 
@@ -118,6 +119,15 @@ class Method(nn.Module, abc.ABC):
     @abc.abstractmethod
     def prepare(self, dtype: torch.dtype | None = None, compile: bool = False) -> "Method":
         """Make ready to draw, in this dtype (None: that of the weights), compiled if asked to; returns the method."""
+
+    def tile(self, side: int) -> None:
+        """From now on draw scans that are larger than this side by tiles of it, see networks.tiles.
+
+        Overwrite it where `model` is not itself the network that sees the scan.
+
+        :raises InputError: if it cannot.
+        """
+        self.model = tiled(self.model, side)
 
     @property
     @abc.abstractmethod

@@ -25,6 +25,7 @@ from ..dist_util import dev
 from ..energy_score import energy_score
 from ..networks import NETWORKS
 from ..networks.base import Encoded, freeze
+from ..networks.tiles import tiled
 from ..nn import compile_network
 from ..system.errors import InputError
 from ..system.flag import Flag
@@ -207,6 +208,13 @@ class EnergyMethod(Method):
         if compile:
             compile_network(self.model, dev())
         return self
+
+    def tile(self, side: int) -> None:
+        """Features are blended; the head decides once over the whole scan."""
+        if self.model.field_of_view:
+            raise InputError(f"--fit tile: the model sees the central {self.model.field_of_view} pixels of a side alone"
+                             f" (--field_of_view), so it cannot draw others; give --fit crop")
+        self.model = tiled(self.model, side, "network")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Encoded:

@@ -18,6 +18,7 @@ from ..data.noise import MemberNoise, step_noise
 from ..data.stream import Batch, chosen_masks
 from ..networks import NETWORKS
 from ..networks.base import freeze
+from ..networks.tiles import tiled
 from ..nn import compile_network
 from ..system.errors import InputError
 from ..system.flag import Flag, parse_filters
@@ -137,6 +138,10 @@ class ProbUNet(Method):
         if compile:
             compile_network(self.model.unet, dist_util.dev())
         return self
+
+    def tile(self, side: int) -> None:
+        """Features are blended; the prior sees the whole scan, so that a mask has one z."""
+        self.model = tiled(self.model, side, "unet")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> dict[str, Tensor]:

@@ -182,8 +182,8 @@ class Segmenter:
             their path below it, as segmentation_sample.py calls them, and by their last folder without it.
         :param sampler: best, or another that segmentation_sample.py has.
         :param fit: what to do with scans of another size: "error"; "resize", whatever the aspect ratio (floats with 16
-            bits); "crop", the central square; "pad", a smaller scan's edge repeated. Masks come back in the scan's own
-            size and place, see data.fitting.
+            bits); "crop", the central square; "pad", a smaller scan's edge repeated; "tile", a larger scan by
+            overlapping tiles. Masks come back in the scan's own size and place, see data.fitting.
         :param spacing: (row, column) distance of the scan's pixels in mm, or one such pair a scan (default: what its
             file says, if it does).
         :param options: flags of the readers of the files, by name.
@@ -209,7 +209,10 @@ class Segmenter:
         drawn_from, cases, ways = zip(*prepared) if prepared else ((), (), ())
 
         method = script_util.create_method(args, self.model, training=False).prepare(self.dtype)
-        largest = largest_batch(self.device, args.image_size) if batch_size == "auto" else int(batch_size)
+        if fit == "tile":
+            method.tile(args.image_size)
+        pixels = max((math.prod(way.fitted) for way in ways), default=1)
+        largest = largest_batch(self.device, pixels) if batch_size == "auto" else int(batch_size)
         sampler = EnsembleSampler(method, batch_size=min(largest, max(1, len(cases)) * num_ensemble), seed=args.seed)
         ensembles = [Ensemble(case._replace(name=case.name or label), way.back(samples), spacing, contents.info,
                               method.independent)

@@ -138,7 +138,7 @@ def read_scored_case(files: CaseFiles, members: Sequence[Path], fit: str, reader
     image, raters, *_ = read_case(files, readers=readers)
     if image.shape[1:] != size:
         way = Fitting(image.shape[1:], size[0], fit)
-        known = fits_between(way.size, size[0])
+        known = [name for name in fits_between(way.size, size[0]) if name != "tile"]  # which have the scan's size
         if fit not in known or size[0] != size[1]:
             remedies = " or ".join(f"--fit {name}" for name in known)
             words = f"give {remedies} if it was sampled with that" if fit == "error" else \
