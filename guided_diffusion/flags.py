@@ -9,6 +9,7 @@ from typing import Any
 
 from . import pretrained
 from .data.augment import AUGMENTATIONS
+from .data.fitting import FITS
 from .data.readers import READERS
 from .gaussian_diffusion import SCHEDULES
 from .methods import METHODS
@@ -116,8 +117,8 @@ _COMMON = [
     Flag("plugin", str, "", "Python file, or several with commas, with methods, networks, predictions, samplers,"
          " readers or scores of your own, see docs/extending.md; each command that needs them needs it named",
          "files and processes"),
-    Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of another size than image_size, or than"
-         " the masks to score", "files and processes"),
+    Flag("fit", tuple(FITS), "error", "what to do with scans of another size than image_size, or than the masks to"
+         f" score. {'; '.join(f'{name}: {words}' for name, words in FITS.items())}", "files and processes"),
     Flag("seed", int, 0, "seed of everything random", "files and processes", least=0),
     Flag("ngpu", int, 0, "start so many processes on this machine, one a GPU (0: as the launcher did)",
          "files and processes", least=0, most=1024),

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from .. import checkpoint, dist_util, logger, pretrained
 from ..data.cases import Case, SegmentationCases
 from ..data.masks import to_masks
 from ..data.readers.base import refuse_unused
-from ..flags import apply_stored_flags, default, settle
+from ..flags import apply_stored_flags, settle
 from ..live.views import SamplingView
 from ..sampling import ensembles, files
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
@@ -53,17 +54,16 @@ def announce_time(sampler: ensembles.EnsembleSampler, batches: int, scan: np.nda
         logger.log(f"this will take about {timedelta(seconds=round(seconds))}; {method.advice}")
 
 
-def is_done(case: Case, folder: str, shape: tuple[int, int, int], settings: Sequence[dict[str, Any]],
-            evaluation: Evaluation | None) -> bool:
-    """Whether the masks of a case are there, of this shape and from one of these settings; for an evaluation, scores
-    them."""
+def find_masks(cases: SegmentationCases, i: int, folder: str, num_ensemble: int, settings: Sequence[dict[str, Any]],
+               kept: bool) -> bool | tuple[Case, np.ndarray]:
+    """Whether the masks of case i are there, at its own size and from one of these settings; for those that are `kept`
+    to be scored, the case at that size and the masks."""
+    case, shape = cases[i], (num_ensemble, *cases.fitting(i).size)
     fingerprints = [files.fingerprint(case, **each) for each in settings]
-    if not evaluation:
+    if not kept:
         return files.is_complete(folder, case.name, shape, *fingerprints)
     masks = files.kept_masks(folder, case.name, shape, *fingerprints)
-    if masks is not None:
-        evaluation.add(*case, masks)
-    return masks is not None
+    return masks is not None and (cases.whole(i), masks)
 
 
 def what_is_where(args: SimpleNamespace, folder: str, done: str) -> str:
@@ -72,9 +72,8 @@ def what_is_where(args: SimpleNamespace, folder: str, done: str) -> str:
         ("to look at", "montage.png"), ("masks", f"output0.png .. {args.num_ensemble - 1}"),
         ("probability of foreground", "mean.png"), ("spread", "std.png"), ("before the threshold", "ensemble.npz"))]
     flags = ["--data_dir", args.data_dir, "--samples_dir", folder]
-    for name in ("fit", "plugin"):
-        if getattr(args, name) != default("files and processes", name):
-            flags += [f"--{name}", getattr(args, name)]
+    if args.plugin:
+        flags += ["--plugin", args.plugin]
     if args.num_samples:
         flags += ["--skip_missing", "True"]
     return summary(done, rows, command("segmentation_evaluate.py", flags))
@@ -108,10 +107,17 @@ def main() -> None:
             storage.remove_partial(folder)
 
     settings = files.drawing_settings(args, storage.digest(model_path))
-    shape = args.num_ensemble, args.image_size, args.image_size
     mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
-    looked_at = progress(cases.readable(mine), "looking for masks", len(mine), "case", enabled=rank == 0, leave=False)
-    todo = [i for i, case in looked_at if not is_done(case, folder, shape, settings, evaluation)]
+    look = partial(find_masks, cases, folder=folder, num_ensemble=args.num_ensemble, settings=settings,
+                   kept=args.evaluate)
+    todo = []
+    for i, found in progress(cases.readable(mine, look), "looking for masks", len(mine), "case", enabled=rank == 0,
+                             leave=False):
+        if not found:
+            todo.append(i)
+        elif evaluation:
+            whole, masks = found
+            evaluation.add(*whole, masks)
     problems = shared_problems(cases)
     before = len(cases) - len(problems) - sum(dist_util.all_gather_objects(len(todo)))
 
@@ -147,20 +153,23 @@ def main() -> None:
             view.on_step(members, x, x_start)
 
         def begun():
-            for _, case in cases.readable(todo):
+            for i, (case, whole) in cases.readable(todo, lambda i: (cases[i], cases.whole(i))):
+                ways[case.name] = whole, cases.fitting(i)
                 view.begin(case)
                 yield case
 
-        steps = itertools.count(1)
+        steps, ways = itertools.count(1), {}
         for case, samples in sampler.ensembles(begun(), args.num_ensemble, on_step):
             fingerprint = files.fingerprint(case, **settings[0])
+            whole, fitting = ways.pop(case.name)
+            samples = fitting.back(samples)
             masks = to_masks(samples, args.median_blur)
             if evaluation:
-                evaluation.add(*case, masks)
-                write(files.keep_masks, folder, case.name, masks, fingerprint)
+                evaluation.add(*whole, masks)
+                write(files.keep_masks, folder, whole.name, masks, fingerprint)
             else:
-                write(files.write_case, folder, case, samples, masks, fingerprint, method.independent)
-            view.show_case(case, masks)
+                write(files.write_case, folder, whole, samples, masks, fingerprint, method.independent)
+            view.show_case(whole, masks)
         dist_util.at(None)
     view.close()
     problems = shared_problems(cases)

@@ -17,7 +17,7 @@ from .. import checkpoint, pretrained, script_util
 from ..data import masks, pictures, scaling
 from ..data.case_files import CaseContents, CaseFiles, case_name, read_case, sort_files
 from ..data.cases import Case
-from ..data.fitting import fit_case, fit_spacing
+from ..data.fitting import Fitting, fits_between
 from ..data.masks import to_masks
 from ..data.readers.base import Readers, refuse_unused
 from ..flags import FLAGS, apply_stored_flags, defaults, settle
@@ -36,7 +36,7 @@ class Ensemble:
     """Plausible masks of one scan. Where an array is expected it is that of its masks; len() and [i] are theirs, too.
 
     name     of the case; files are called by it
-    image    [C, H, W] float32 in [0, 1], as the model saw it
+    image    [C, H, W] float32 in [0, 1], at the scan's own size, which masks have, too
     raters   [R, H, W] bool, the labels of a case folder; R = 0 without any
     samples  [n, H, W] float32, before the threshold at 0.5
     masks    [n, H, W] bool
@@ -182,7 +182,8 @@ class Segmenter:
             their path below it, as segmentation_sample.py calls them, and by their last folder without it.
         :param sampler: best, or another that segmentation_sample.py has.
         :param fit: what to do with scans of another size: "error"; "resize", whatever the aspect ratio (floats with 16
-            bits); "crop", the central square. Masks are of what the model saw.
+            bits); "crop", the central square; "pad", a smaller scan's edge repeated. Masks come back in the scan's own
+            size and place, see data.fitting.
         :param spacing: (row, column) distance of the scan's pixels in mm, or one such pair a scan (default: what its
             file says, if it does).
         :param options: flags of the readers of the files, by name.
@@ -203,16 +204,17 @@ class Segmenter:
         twice = [case for case, count in collections.Counter(case.name for case in cases).items() if case and count > 1]
         if twice:
             raise ValueError(f"two images are called {twice[0]}; give each a name of its own, name=[...]")
-        spacings = self._spacings(spacing, [contents for _, contents, _ in read], fit)
-        cases = [self._prepare(case, case.name or label, fit) for case, label in zip(cases, labels)]
+        spacings = self._spacings(spacing, [contents for _, contents, _ in read])
+        prepared = [self._prepare(case, case.name or label, fit) for case, label in zip(cases, labels)]
+        drawn_from, cases, ways = zip(*prepared) if prepared else ((), (), ())
 
         method = script_util.create_method(args, self.model, training=False).prepare(self.dtype)
         largest = largest_batch(self.device, args.image_size) if batch_size == "auto" else int(batch_size)
         sampler = EnsembleSampler(method, batch_size=min(largest, max(1, len(cases)) * num_ensemble), seed=args.seed)
-        ensembles = [Ensemble(case._replace(name=case.name or label), samples, spacing, contents.info,
+        ensembles = [Ensemble(case._replace(name=case.name or label), way.back(samples), spacing, contents.info,
                               method.independent)
-                     for label, spacing, (_, contents, _), (case, samples) in
-                     zip(labels, spacings, read, sampler.ensembles(cases, num_ensemble))]
+                     for label, case, way, spacing, (_, contents, _), (_, samples) in
+                     zip(labels, cases, ways, spacings, read, sampler.ensembles(drawn_from, num_ensemble))]
         return ensembles if many else ensembles[0]
 
     def _settings(self, **given):
@@ -224,21 +226,25 @@ class Segmenter:
         return script_util.drawing_flags(SimpleNamespace(**self.flags), **given)
 
     def _prepare(self, case, what, fit):
-        """The Case as the model takes it, its image [C, S, S] float32 in [0, 1]; ValueError if it cannot."""
+        """The Case as the model takes it, its image [C, S, S] float32 in [0, 1]; at its own size; and its Fitting.
+        ValueError if there is none."""
         side, channels = self.flags["image_size"], self.flags["image_channels"]
         image, raters = case.image, case.raters
         if len(image) not in (1, channels):
             remedy = "image[..., 0], or image.transpose(2, 0, 1)" if image.shape[2] in (1, 3, 4) else "image[0]"
             raise ValueError(f"{what} is {list(image.shape)}, but the model takes [{side}, {side}] or"
                              f" [{channels}, {side}, {side}], channels first; give it as grey, as in {remedy}")
-        if image.shape[1:] != (side, side):
-            if fit == "error":
-                raise ValueError(f"{what} has {image.shape[1]} rows and {image.shape[2]} columns, but the model takes"
-                                 f' {side} of each; give fit="resize" or fit="crop"')
-            image, raters = fit_case(scaling.to_16_bits(image) if fit == "resize" else image, raters, side, fit, what)
-        return Case(case.name, scaling.repeat_channel(scaling.to_unit(image), channels), raters)
+        way = Fitting(image.shape[1:], side, fit)
+        if fit == "error" and way.changes:
+            values = " or ".join(f'fit="{name}"' for name in fits_between(way.size, side))
+            raise ValueError(f"{what} has {image.shape[1]} rows and {image.shape[2]} columns, but the model takes"
+                             f" {side} of each; give {values}")
+        way.check(what)
+        fitted = way.there(scaling.to_16_bits(image) if fit == "resize" and way.changes else image, raters)
+        return *(Case(case.name, scaling.repeat_channel(scaling.to_unit(pixels), channels), outlines)
+                 for pixels, outlines in (fitted, (image, raters))), way
 
-    def _spacings(self, spacing, scans, fit):
+    def _spacings(self, spacing, scans):
         """(row, column) distance of the masks' pixels, for each of these CaseContents; None where it is unknown."""
         pairs = [contents.spacing for contents in scans]
         if spacing is not None:
@@ -246,8 +252,7 @@ class Segmenter:
             if given.shape not in ((2,), (len(scans), 2)) or not ((given > 0) & (given < np.inf)).all():
                 raise ValueError(f"spacing is {spacing}, but must be (row, column) in mm, or one such pair an image")
             pairs = np.broadcast_to(given, (len(scans), 2)).tolist()
-        return [pair and tuple(fit_spacing(pair, contents.image.shape[1:], self.flags["image_size"], fit))
-                for pair, contents in zip(pairs, scans)]
+        return [pair and tuple(pair) for pair in pairs]
 
 
 # ---- scans of any kind ----
