@@ -104,6 +104,10 @@ _COMMON = [
 
     Flag("dtype", ("float16", "bfloat16", "float32"), "float16", "of the weights in the file", "export"),
     Flag("facts", str, "", 'what else the file says of itself, as in "data=LIDC-IDRI; licence=MIT"', "export"),
+    Flag("calibrate", str, "", "folder of cases that training did not see: bring the probabilities of the model in line"
+         " with them, for --method energy", "export"),
+    Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of --calibrate of another size than"
+         " image_size", "export"),
     Flag("plugin", str, "", "Python file with the method or network, see docs/extending.md", "export"),
 
     Flag("ensemble_sizes", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
