@@ -103,18 +103,18 @@ def cases_of(folder: Path, root: Path, files: Iterable[Path], readers: Readers) 
     stacks = [] if case.images or case.labels else readers.stacks(files)
     if not stacks:
         slices = readers.slices(case.images[0]) if case.images else None
-        return [] if folder == root else _slices_of(case, slices)
+        return [] if folder == root else slices_of(case, slices)
     found = []
     for stack in stacks:
         parts = [*folder.relative_to(root).parts, *filter(None, [stack.name])] or [folder.resolve().name]
         case = CaseFiles("_".join(parts), folder, [stack.files[0]], [], series=stack.files[1:] and stack.files,
                          problem=stack.problem)
-        found += _slices_of(case, stack.slices)
+        found += slices_of(case, stack.slices)
     return found
 
 
-def _slices_of(case, slices):
-    """The cases of a volume of so many slices; None for a picture."""
+def slices_of(case: CaseFiles, slices: int | None) -> list[CaseFiles]:
+    """The cases that a case is if its images are volumes of so many slices; None for pictures."""
     if slices is None:
         return [case]
     if slices == 1 or case.problem:
@@ -169,7 +169,7 @@ def read_case(files: CaseFiles, need_labels: bool = True, readers: Readers | Non
     for path in files.labels:
         _check_place(path, readers.info(path, files.slice), files.images[0], scans[0].info)
     return CaseContents(image, np.array(raters, masks.DTYPE).reshape(len(raters), *size), scans[0].spacing,
-                        scans[0].info)
+                        {**scans[0].info, **({"volume": files.volume} if files.volume else {})})
 
 
 def check_complete(files: CaseFiles, need_labels: bool) -> None:

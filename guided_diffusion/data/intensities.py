@@ -64,8 +64,8 @@ class Normalise:
         :raises ValueError: for pixels that are no numbers, or have no full range.
         """
         if pixels.dtype.kind not in "uif" or pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-            raise ValueError(f"{pixels.dtype} from {pixels.min()} to {pixels.max()}, which are no finite numbers; replace"
-                             f" them there")
+            raise ValueError(f"{pixels.dtype} from {pixels.min()} to {pixels.max()}, which are no finite numbers;"
+                             f" replace them there")
         count = len(pixels)
         if self.window or (self.text == "full" and full):
             return tuple(np.full(count, value, np.float64) for value in self.window or full)

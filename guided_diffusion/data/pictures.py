@@ -22,9 +22,9 @@ MAX_BYTES = 1 << 28  # of one file
 
 # how files begin that people take for images
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "TIFF", b"MM\0*": "TIFF",
-               b"II+\0": "TIFF", b"MM\0+": "TIFF", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WEBP", b"8BPS": "Photoshop", b"%PDF": "PDF", b"%!PS": "PostScript",
-               b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", b"\x93NUMPY": "NumPy", b"PK": "ZIP",
-               b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5"}
+               b"II+\0": "TIFF", b"MM\0+": "TIFF", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WEBP", b"8BPS": "Photoshop",
+               b"%PDF": "PDF", b"%!PS": "PostScript", b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000",
+               b"\x93NUMPY": "NumPy", b"PK": "ZIP", b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5"}
 _TURNED = re.compile(rb"\x01\x12\0\x03\0{3}\x01\0[\x02-\x08]|\x12\x01\x03\0\x01\0{3}[\x02-\x08]\0")  # in EXIF data
 warnings.filterwarnings("ignore", module=r"PIL\.")  # pictures it warns of are refused or read all the same
 

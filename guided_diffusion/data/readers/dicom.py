@@ -69,7 +69,8 @@ class Dicom(VolumeReader):
         between = None
         if len(places) > 1 and all("position" in place and "orientation" in place for place in places[:2]):
             between = abs(_along(places[1]) - _along(places[0])) or None
-        info = {"format": "dicom", "slices": len(places), "slice_spacing": between, "files": [*map(str, files)], **common}
+        info = {"format": "dicom", "slices": len(places), "slice_spacing": between, "files": [*map(str, files)],
+                **common}
         return Volume(pixels, spacing, info, full, places)
 
 

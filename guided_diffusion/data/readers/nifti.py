@@ -65,8 +65,8 @@ def to_file_axes(slices: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
 def _load(path):
     image = packages.require("nibabel", f"{path}: reading it").load(path)
     if not 2 <= len(image.shape) <= 4:
-        raise InputError(f"{path}: has {len(image.shape)} axes, not 2, 3, or 4 of which the last holds channels; save it"
-                         f" so")
+        raise InputError(f"{path}: has {len(image.shape)} axes, not 2, 3, or 4 of which the last holds channels; save"
+                         f" it so")
     return image
 
 
