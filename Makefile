@@ -1,10 +1,12 @@
 # make: install the package with all that belongs to it into .venv. make demo: train a small model for a few minutes,
 # draw and score ensembles for data/testing, compare them with those of shipped weights; http://localhost:8097 shows it.
-# make test: run the tests. make lint: ruff. make visdom: the server for the live view of runs, http://localhost:8097.
+# make test: run the quick tests. make test-long: run all others, which start many processes, a browser, a notebook, a
+# benchmark or an install. make lint: ruff. make visdom: the server for the live view of runs, http://localhost:8097.
 # They install into .venv first, in the versions of constraints.txt. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 DEMO := results/demo
 # visdom's build needs the constraints, too: older pips read the first variable for that, newer ones the second
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip
@@ -16,7 +18,7 @@ DEMO_FLAGS := --image_size 64 --fit crop --image_channels 1 --num_channels 32 --
   --num_heads 1 --attention_resolutions 8 --num_filters 8,16,32 --predict_xstart True --noise_schedule cosine \
   --lr 1e-3 --lr_anneal_steps 1200 --batch_size 4 --ema_rate 0.99 --use_bf16 $(BF16)
 
-.PHONY: install demo test lint visdom clean
+.PHONY: install demo test test-long lint visdom clean
 
 install: .venv/installed
 
@@ -34,7 +36,10 @@ demo: .venv/installed
 	$(BIN)/python scripts/segmentation_evaluate.py --data_dir data/testing --samples_dir $(DEMO) --fit crop
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
+	$(PYTEST) -m "not long" tests
+
+test-long: .venv/installed
+	$(PYTEST) -m long tests
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 from . import pretrained
 from .data.augment import AUGMENTATIONS
 from .data.fitting import FITS
+from .data.intensities import WORDS
 from .data.readers import READERS
 from .data.windows import WINDOWS
 from .gaussian_diffusion import SCHEDULES
@@ -30,8 +31,12 @@ _COMMON = [
     Flag("network", NETWORKS, "unet", "the network of the method", "model"),
     Flag("image_size", int, 64, "side of images and masks in pixels; the U-Net halves it once a level", "model",
          most=8192),
-    Flag("image_channels", int, 4, "channels of the scan; a single-channel image is repeated (published: 4)",
-         "model", least=1, most=1024),
+    Flag("image_channels", number_or_auto, 4, "channels of the scan; a single-channel image is repeated (published: 4;"
+         " auto, when training: as many as the data have)", "model", least=1, most=1024),
+    Flag("normalise", str, "full", f"the numbers of a scan that are black and white. {WORDS}", "model"),
+    Flag("normalise", str, "full", "as for training, for the pictures beside the scores", "evaluation"),
+    Flag("context", int, 0, "so many slices before and after that of a volume are further channels of the scan",
+         "model", least=0, most=64),
     Flag("use_fp16", bool, False, "half precision with loss scaling, CUDA only", "model"),
     Flag("use_bf16", bool, False, "bfloat16, CUDA or CPU; needs no loss scaling", "model"),
 
@@ -108,12 +113,19 @@ _COMMON = [
 
     Flag("dtype", ("float16", "bfloat16", "float32"), "float16", "of the weights in the file", "export"),
     Flag("facts", str, "", 'what else the file says of itself, as in "data=LIDC-IDRI; licence=MIT"', "export"),
+    Flag("calibrate", str, "", "folder of cases that training did not see: bring the probabilities of the model in line"
+         " with them, for --method energy", "export"),
+    Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of --calibrate of another size than"
+         " image_size", "export"),
     Flag("plugin", str, "", "Python file with the method or network, see docs/extending.md", "export"),
 
     Flag("ensemble_sizes", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
          "scoring"),
     Flag("patient_pattern", str, PATIENT_PATTERN, "regular expression for the patient in the name of a case; intervals"
          " resample patients. By default all up to the end of the first number", "scoring"),
+
+    Flag("foreground", str, "", "values of label maps that are foreground, as in 1,2,4 (default: of pictures what is"
+         " above half of full scale; of NIfTI, DICOM and .npy what is above 0)", "reading"),
 
     Flag("compile", bool, False, "let torch.compile fuse the U-Net's operations; meant for CUDA, as the convolutions"
          " of a CPU gain nothing. Goes on without where no compiler works", "speed"),
@@ -256,6 +268,8 @@ def check_stored_flags(stored: dict[str, Any], where: str) -> None:
     file = where if where.endswith(".safetensors") else f"{where}/flags.json"
     for flag in identity_flags():
         if flag.name in stored:
+            if stored[flag.name] == "auto":
+                raise InputError(f"{file}: {flag.name} 'auto': must be a number")
             check_value(flag, stored[flag.name], f"{file}: {flag.name}")
 
 

@@ -265,6 +265,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.long
 def test_without_a_compiler_the_network_stays_as_it_is_and_one_line_says_so(environment, tmp_path):
     (tmp_path / "bin").mkdir()
     environment.update(CXX="/nonexistent", PATH=str(tmp_path / "bin"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))

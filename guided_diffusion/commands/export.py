@@ -9,11 +9,12 @@ checkpoint. Weights of the published code come without them: give their model an
 import torch
 
 from .. import checkpoint, pretrained
+from ..data.cases import SegmentationCases
 from ..flags import apply_stored_flags, identity_flags, settle
 from ..script_util import create_method, drawing_flags
 from ..system import storage
 from ..system.errors import InputError
-from ..system.terminal import summary
+from ..system.terminal import progress, summary
 from .cli import parse_flags, run_script
 from .program import command
 
@@ -26,11 +27,15 @@ def main() -> None:
     path = pretrained.path_of(args.checkpoint)
     apply_stored_flags(args, given, *checkpoint.flags_of(path))
     settle(args, given)
-    network = create_method(drawing_flags(args), training=False).model
-    checkpoint.load_model(network, path, "checkpoint")
+    method = create_method(drawing_flags(args), training=False)
+    checkpoint.load_model(network := method.model, path, "checkpoint")
 
     step = checkpoint.step_of(path)
     said = checkpoint.metadata_of(path) if checkpoint.is_safetensors(path) else {"step": str(step)} if step else {}
+    if args.calibrate:
+        cases = SegmentationCases(args.calibrate, args.image_size, args.image_channels, args.fit, flag="--calibrate")
+        said["calibrated"] = method.prepare().calibrate(progress(cases, "calibrating", len(cases), "case"))
+        print(said["calibrated"])
     facts = {**said, **facts, "method": args.method}
     flags = {flag.name: getattr(args, flag.name) for flag in identity_flags() if hasattr(args, flag.name)}
     storage.make_folder(storage.folder_of(args.output), "OUT.safetensors")

@@ -74,8 +74,9 @@ def what_is_where(args: SimpleNamespace, folder: str, done: str) -> str:
         ("to look at", "montage.png"), ("masks", f"output0.png .. {args.num_ensemble - 1}"),
         ("probability of foreground", "mean.png"), ("spread", "std.png"), ("before the threshold", "ensemble.npz"))]
     flags = ["--data_dir", args.data_dir, "--samples_dir", folder]
-    if args.plugin:
-        flags += ["--plugin", args.plugin]
+    for name, default in (("plugin", ""), ("foreground", ""), ("normalise", "full")):
+        if getattr(args, name) != default:
+            flags += [f"--{name}", getattr(args, name)]
     if args.num_samples:
         flags += ["--skip_missing", "True"]
     return summary(done, rows, command("segmentation_evaluate.py", flags))

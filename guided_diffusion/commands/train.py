@@ -22,7 +22,7 @@ from torch import nn
 
 from .. import checkpoint, dist_util, logger
 from ..data.augment import parse_kinds
-from ..data.cases import SegmentationCases
+from ..data.cases import SegmentationCases, count_channels
 from ..data.readers.base import refuse_unused
 from ..data.stream import ShuffledCases
 from ..flags import (
@@ -65,6 +65,8 @@ def main() -> None:
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
         check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
+        if args.image_channels == "auto":
+            args.image_channels = given["image_channels"] = count_channels(args.data_dir, options=vars(args))
         refuse_another_run(args, given, stored, folder)
         apply_stored_flags(args, given, stored, storage.folder_of(resume_from) if resume_from else folder)
         init = path_of(args.init) if args.init and not resume_from else ""

@@ -120,7 +120,8 @@ class SegmentationCases:
 
         :raises InputError: naming the file, if it cannot be read any more.
         """
-        scan = self.readers.read(self.cases[i].images[0])
+        files = self.cases[i]
+        scan = self.readers.read(files.images[0], files.slice, files.series)
         return Facts(scan.spacing, scan.info)
 
     def compact(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +163,8 @@ class SegmentationCases:
     def _key(self):
         """A hash of everything that the decoded cases follow from: names, sizes and times of the files, settings."""
         options = {name: self.readers.options[name] for name in sorted(self.readers_used)}
+        if settings := self.readers.settings():
+            options[""] = settings
         digest = hashlib.sha256(repr((self.image_channels, options)).encode())
         for files in self.cases:
             for path in (*files.images, *files.labels):
@@ -217,11 +220,29 @@ class SegmentationCases:
         image, raters, *_ = read_case(files, need_labels=False, readers=self.readers)
         if len(image) not in (1, self.image_channels):
             raise InputError(f"{files.images[0]}: {len(image)} channels in the image(s) of this case, but"
-                             f" --image_channels is {self.image_channels}")
+                             f" --image_channels is {self.image_channels}; train with --image_channels auto")
         fitting = Fitting(image.shape[1:], self.image_size, self.fit)
         fitting.check(files.images[0])
         image, raters = fitting.there(image, raters)
         return image, masks.pack(raters), fitting.size
+
+
+def count_channels(data_dir: str | os.PathLike, flag: str = "--data_dir", options: Mapping[str, Any] | None = None
+                   ) -> int:
+    """How many channels the images of a folder have, what --image_channels auto means: the most among eight cases.
+
+    :raises InputError: if none of them can be read.
+    """
+    readers = Readers(options)
+    cases, counts, problems = find_cases(data_dir, flag, readers), [], []
+    for files in cases[::-(-len(cases) // 8)]:
+        try:
+            counts.append(len(read_case(files, need_labels=False, readers=readers).image))
+        except InputError as error:
+            problems.append(str(error))
+    if not counts:
+        raise_problems(problems, data_dir)
+    return max(counts)
 
 
 def digest_of(names: Iterable[str]) -> str:

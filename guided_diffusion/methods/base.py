@@ -1,7 +1,7 @@
 """The contract between a model and everything around it: training, checkpoints, sampling, the Python door."""
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..data.cases import Case
 from ..data.stream import Batch
 from ..networks.base import Encoded
 from ..networks.tiles import tiled
+from ..system.errors import InputError
 
 Row = tuple[int, str, int]  # a member to draw: which of the encoded scans, the name of its case, its number
 
@@ -109,6 +111,14 @@ class Method(nn.Module, abc.ABC):
         """
 
     # ---- drawing ----
+
+    def calibrate(self, cases: Iterable[Case]) -> str:
+        """Bring its probabilities in line with cases that training did not see, in place; ready to draw, see `prepare`.
+
+        :returns: what changed, in words.
+        :raises InputError: if the method has nothing to calibrate.
+        """
+        raise InputError("--calibrate: this --method gives no probabilities of its own; leave it away")
 
     autocast: torch.dtype | None = None  # that of `precision`, for `prepare` to set
 

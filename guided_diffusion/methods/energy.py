@@ -12,16 +12,18 @@ noise, and no draw has to be half a mask.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.cases import Case
 from ..data.noise import MemberNoise, spread_noise, step_noise
 from ..data.stream import Batch
-from ..dist_util import dev
+from ..dist_util import dev, device_of
 from ..energy_score import energy_score
 from ..networks import NETWORKS
 from ..networks.base import Encoded, freeze
@@ -215,6 +217,22 @@ class EnergyMethod(Method):
             raise InputError(f"--fit tile: the model sees the central {self.model.field_of_view} pixels of a side alone"
                              f" (--field_of_view), so it cannot draw others; give --fit crop")
         self.model = tiled(self.model, side, "network")
+
+    @torch.no_grad()
+    def calibrate(self, cases: Iterable[Case]) -> str:
+        """Temperature scaling (Guo et al. 2017) of the probability of an empty mask, of which training makes a network
+        too sure: the logit is divided by what makes the cross-entropy of these cases smallest."""
+        seen = [(self.encode(torch.from_numpy(case.image)[None].to(device_of(self)))[-1].item(),
+                 1 - case.raters.any((1, 2)).mean()) for case in cases]
+        logits, shares = torch.tensor(seen, dtype=torch.float64).T
+
+        def whether(log_temperature):
+            return F.binary_cross_entropy_with_logits(logits / math.exp(log_temperature), shares).item()
+
+        temperature = math.exp(minimize_scalar(whether, bounds=(-3, 3), method="bounded").x)
+        for parameter in self.model.head.empty.parameters():
+            parameter /= temperature
+        return f"temperature {temperature:.2f} of the probability of an empty mask, from {len(seen)} cases"
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Encoded:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import checkpoint, pretrained, script_util
 from ..data import masks, pictures, scaling
-from ..data.case_files import CaseContents, CaseFiles, case_name, read_case, sort_files
+from ..data.case_files import CaseContents, CaseFiles, cases_of, read_case, slices_of
 from ..data.cases import Case
 from ..data.fitting import Fitting, fits_between
 from ..data.masks import to_masks
@@ -170,7 +170,8 @@ class Segmenter:
 
         :param image: an array or tensor [H, W] or [C, H, W], uint8 or uint16 spanning their range, or floats in
             [0, 1]; a PIL image; the path of a PNG or JPEG file, or one of another reader; or that of a case folder,
-            with its labels if any.
+            with its labels if any, or of a DICOM series. A volume or series gives a list, an Ensemble a slice.
+            With --normalise other than full, arrays may hold any numbers.
             H = W = the model's image_size, C is its number of channels, or 1, which is repeated.
         :param steps: of the sampler (default: as many as script_util.BEST says, or all for another sampler).
         :param seed: the same seed gives the same masks: member i follows from (seed, name, i) and the scan.
@@ -197,8 +198,10 @@ class Segmenter:
         names = [None] * len(scans) if names is None else names
         if isinstance(names, str) or len(names) != len(scans):
             raise ValueError(f"name is {names!r}, but must be a list of {len(scans)} names, one for each image")
-        readers = Readers(options)
-        read = [_read(*scan, data_dir, readers) for scan in zip(scans, names, labels)]
+        readers = Readers({**(options or {}), "normalise": args.normalise, "context": args.context})
+        each = [_read(*scan, data_dir, readers) for scan in zip(scans, names, labels)]
+        labels = [label for label, slices in zip(labels, each) for _ in slices]
+        many, read = many or len(labels) > 1, sum(each, [])
         cases = [Case(name, contents.image, contents.raters) for name, contents, _ in read]
         refuse_unused(options or {}, readers.used(files for *_, files in read if files), "the images")
         twice = [case for case, count in collections.Counter(case.name for case in cases).items() if case and count > 1]
@@ -261,11 +264,12 @@ class Segmenter:
 # ---- scans of any kind ----
 
 def _read(source, name, label, data_dir, readers):
-    """A scan -> its name, "" for none; its CaseContents, the image as it is, uint8, uint16 or float32 in [0, 1]; the
-    CaseFiles that it comes from, None for none. `label` is for messages."""
+    """A scan -> a list, one of each slice of a volume: its name, "" for none; its CaseContents, the image as it is,
+    uint8, uint16 or float32 in [0, 1]; the CaseFiles that it comes from, None for none. `label` is for messages."""
     if isinstance(source, (str, os.PathLike)):
-        files = _files(Path(os.path.abspath(source)), data_dir, readers)
-        return name or files.name, read_case(files, need_labels=False, readers=readers), files
+        return [((name or files.name) if not files.volume else (name or files.volume) +
+                 files.name.removeprefix(files.volume), read_case(files, need_labels=False, readers=readers), files)
+                for files in _files(Path(os.path.abspath(source)), data_dir, readers)]
     if isinstance(source, Image.Image):
         source = _pixels(source, label)
     elif torch.is_tensor(source):
@@ -276,22 +280,27 @@ def _read(source, name, label, data_dir, readers):
         raise ValueError(f"{label} is {list(image.shape)}, but must be [H, W] or [C, H, W]")
     image = image.reshape(-1, *image.shape[-2:])
     image = image.astype(image.dtype.newbyteorder("="), copy=False)
+    if str(readers.normalise) != "full":
+        try:
+            image = readers.normalise.apply(image, readers.normalise.limits(image))
+        except ValueError as error:
+            raise ValueError(f"{label} is {error}") from None
     kind = image.dtype.kind
     if image.dtype not in (np.uint8, np.uint16) and not (kind == "f" and ((image >= 0) & (image <= 1)).all()):
         extent = f" from {image.min():g} to {image.max():g}" if kind in "iuf" else ""
         raise ValueError(f"{label} is {image.dtype}{extent}; give uint8, uint16, or floats and scale it to [0, 1]")
     image = image.astype(np.float32, copy=False) if kind == "f" else image
-    return name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), masks.DTYPE), None, {}), None
+    return [(name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), masks.DTYPE), None, {}), None)]
 
 
 def _files(path, data_dir, readers):
-    """The files of a case folder, or of a case that is this one picture."""
+    """The cases of a folder, or of this one picture or volume."""
     if not path.is_dir():
-        return CaseFiles(readers.stem_of(path), path.parent, [path], [])
+        return slices_of(CaseFiles(readers.stem_of(path), path.parent, [path], []), readers.slices(path))
     root = Path(os.path.abspath(data_dir or path.parent))
     if root not in path.parents:
         raise InputError(f"data_dir {data_dir}: does not hold {path}; give the folder that its cases lie in")
-    return sort_files(case_name(path, root), path, [file for file in path.iterdir() if file.name[0] != "."], readers)
+    return cases_of(path, root, [file for file in path.iterdir() if file.name[0] != "."], readers)
 
 
 def _pixels(picture, label):

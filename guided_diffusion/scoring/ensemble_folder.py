@@ -151,7 +151,7 @@ def read_scored_case(files: CaseFiles, members: Sequence[Path], fit: str, reader
 
 def _read_mask(path, case, readers):
     """[H, W] bool. In a picture of any kind: 0 and one other value, or, in a JPEG, black and white with ringing."""
-    if readers.name_of(path) not in (None, "pictures"):
+    if readers.name_of(path) not in (None, "pictures", "tiff"):
         return readers.read_mask(path)
     pixels = pictures.decode(path, FORMATS)
     if pixels.ndim == 3:

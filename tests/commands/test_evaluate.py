@@ -102,6 +102,7 @@ def test_sampling_with_scores_needs_raters_before_it_draws_anything(run, make_ca
     assert result.out == "" and not (tmp_path / "results").exists()
 
 
+@pytest.mark.long
 def test_two_processes_write_what_one_writes(evaluate, make_cases, environment, data, tmp_path):
     for folder in make_cases(tmp_path / "more", 6, seed=1).iterdir():
         folder.rename(data / f"more-{folder.name}")

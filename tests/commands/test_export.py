@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 import torch
+from helpers.files import ROOT
 from helpers.models import MODEL, assert_same
 from helpers.processes import TRAIN
 from helpers.refusals import refused
@@ -86,3 +87,9 @@ def test_bad_input_is_refused_and_nothing_written(run, trained, tmp_path, words,
     before = sorted(tmp_path.iterdir())
     refused(run(EXPORT, *words), message)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_calibration_is_for_methods_that_have_probabilities(run, trained, tmp_path):
+    cases = "--calibrate", ROOT / "data/testing", "--fit", "crop"
+    refused(run(EXPORT, trained / "savedmodel.pt", "a.safetensors", *cases), "--calibrate", "leave it away")
+    assert not (tmp_path / "a.safetensors").exists()

@@ -68,6 +68,25 @@ def test_intensity_changes_contrast_and_brightness_of_the_scan_alone_within_its_
     assert np.mean(offsets) == pytest.approx(0, abs=0.01) and np.std(offsets) == pytest.approx(0.05, abs=0.01)
 
 
+def test_affine_turns_and_zooms_scan_and_masks_alike_about_the_centre():
+    rows, columns = np.mgrid[:65, :65] - 32
+    masks = np.stack([np.hypot(rows, columns) < 12, np.hypot(rows, columns - 20) < 6, rows > 99])
+    image = masks[:2].astype(np.float32)
+    zooms, angles = [], []
+    for turned, moved in changes((image, masks), ["affine"], 400):
+        assert np.array_equal(turned > 0.5, moved[:2]) and not moved[2].any()
+        if np.array_equal(turned, image):
+            continue
+        there = np.argwhere(moved[1]).mean(0) - 32  # where the small disc lies now
+        zooms.append(np.hypot(*there) / 20)
+        angles.append(np.arctan2(*there))
+        assert moved[0].sum() == pytest.approx(masks[0].sum() * zooms[-1] ** 2, rel=0.06)
+        assert np.argwhere(moved[0]).mean(0) == pytest.approx([32, 32], abs=0.1)
+    assert 160 < len(zooms) < 240
+    assert np.std(np.log(zooms)) == pytest.approx(0.15 / 3 ** 0.5, abs=0.012) and max(np.abs(np.log(zooms))) < 0.17
+    assert np.histogram(angles, 4, (-np.pi, np.pi))[0].min() > 30
+
+
 def test_other_kinds_leave_8_and_16_bits_as_they_are(example):
     image, masks = example
     for scan in (image, image * np.uint16(257)):
@@ -105,13 +124,14 @@ def test_every_visit_changes_a_case_in_another_way():
 
 def test_names_are_taken_in_any_order_and_applied_in_that_of_the_table():
     assert parse_kinds("") == [] and parse_kinds("shift, flips") == ["flips", "shift"]
-    assert parse_kinds("intensity,shift,rot90,flips") == EVERYTHING == ["flips", "rot90", "shift", "intensity"]
+    assert parse_kinds("intensity,affine,shift,rot90,flips") == EVERYTHING == [
+        "flips", "rot90", "shift", "affine", "intensity"]
 
 
 @pytest.mark.parametrize("text", ["flip", "flips,,shift", "flips;shift"])
 def test_unknown_names_are_refused_with_those_there_are(text):
     message = refusal(parse_kinds, text)
-    assert f"--augment {text}" in message and "flips,rot90,shift,intensity" in message
+    assert f"--augment {text}" in message and "flips,rot90,shift,affine,intensity" in message
 
 
 def test_turning_what_is_not_square_is_refused():

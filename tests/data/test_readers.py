@@ -116,12 +116,12 @@ def test_flags_of_readers_that_no_file_needs_are_refused(raw):
 
 
 def test_the_longest_suffix_counts_in_letters_of_any_size(own_readers, tmp_path):
-    for name, ending in (("long", ".nii.gz"), ("short", ".gz")):
+    for name, ending in (("long", ".x.gz"), ("short", ".gz")):
         READERS.add(name)(type(name, (Pixels,), {"suffixes": (ending,)}))
     readers = Readers()
-    paths = {path: tmp_path / path for path in ("a.b.NII.GZ", "a.gz", "nii.gz", "gz", "a.nii", "label0.Jpg")}
+    paths = {path: tmp_path / path for path in ("a.b.X.GZ", "a.gz", "x.gz", "gz", "a.x", "label0.Jpg")}
     assert [readers.name_of(path) for path in paths.values()] == ["long", "short", "short", None, None, "pictures"]
-    assert [readers.stem_of(path) for path in paths.values()] == ["a.b", "a", "nii", "gz", "a.nii", "label0"]
+    assert [readers.stem_of(path) for path in paths.values()] == ["a.b", "a", "x", "gz", "a.x", "label0"]
 
 
 def test_two_readers_of_one_suffix_are_refused_by_their_files(raw, tmp_path):

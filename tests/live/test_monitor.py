@@ -246,6 +246,7 @@ def test_server_killed_in_the_midst_costs_a_line_and_gets_all_when_it_is_back(tm
     assert len(lines) == 3 and "Traceback" not in "".join(capsys.readouterr())
 
 
+@pytest.mark.long
 def test_server_that_was_started_anew_between_two_points_gets_all(tmp_path):
     server = Server(tmp_path)
     text, curves, picture, monitor = view("anew", server)
@@ -263,6 +264,7 @@ def test_server_that_was_started_anew_between_two_points_gets_all(tmp_path):
         server.end()
 
 
+@pytest.mark.long
 def test_server_that_hangs_holds_nothing_up_and_gets_all_when_it_goes_on(server, impatient):
     text, curves, picture, monitor = view("hangs", server)
     curves.add(0, {"loss": 1.0})
@@ -339,6 +341,7 @@ def logged_view(env, server, folder):
     return {title: (window["type"], window["content"]) for title, window in server.windows(env).items()}
 
 
+@pytest.mark.long
 def test_the_log_replays_what_was_shown_with_our_script_and_with_visdom_itself(tmp_path, run):
     first, second, third = (Server(tmp_path) for _ in range(3))
     try:

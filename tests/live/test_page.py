@@ -8,6 +8,8 @@ from helpers.visdom import Server
 
 from guided_diffusion.live.client import page as page_of
 
+pytestmark = pytest.mark.long
+
 # title -> name -> number of points that are drawn, of every plot on the page
 PLOTS = """Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(plot => [
     plot.closest('.react-grid-item').querySelector('.bar div').innerText,

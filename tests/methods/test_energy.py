@@ -57,6 +57,28 @@ def test_it_learns_how_often_and_where_raters_mark(tmp_path):
     assert abs(shares[0] - 0.25) < 0.2 and shares[1] > 0.9
 
 
+def test_calibration_finds_how_much_too_sure_it_is():
+    method = drawer(make_energy())
+    rng = np.random.default_rng(0)
+    cases = make_cases(count=60, raters=4)
+
+    def logits():
+        return torch.cat([method.encode(torch.from_numpy(case.image)[None])[-1] for case in cases])
+
+    with torch.no_grad():
+        for parameter in method.model.parameters():
+            parameter.normal_(0, 0.2)
+        method.model.head.empty.weight *= 3 / logits().std()
+        method.model.head.empty.bias -= logits().mean()
+    before = logits()
+    for case, logit in zip(cases, before):  # raters mark nothing as often as a model half as sure would say
+        case.raters[:] = rng.random(4)[:, None, None] > (logit / 2).sigmoid().item()
+    said = method.calibrate(cases)
+    ratio = (before / logits()).mean().item()
+    assert said == f"temperature {ratio:.2f} of the probability of an empty mask, from 60 cases"
+    assert 1.5 < ratio < 2.7
+
+
 @pytest.mark.parametrize("spread", [True, False])
 def test_a_mask_follows_from_its_scan_seed_case_and_number(spread):
     method = drawer(make_energy(), spread=spread)

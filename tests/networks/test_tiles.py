@@ -102,7 +102,6 @@ def test_the_probability_differs_at_borders_of_tiles_no_more_than_inside(monkeyp
     borders = sorted({column - 1 for left in starts(64, SIDE) for column in (left, left + SIDE)} - {-1, 63})
     inside = np.delete(steps, borders)
     assert probability.mean(0).min() < 0.3 and probability.mean(0).max() > 0.7 and len(borders) == 7
-    print(steps[borders].mean(), steps[borders].max(), inside.mean(), inside.max())
     seamless = steps[borders].mean() <= inside.mean() and steps[borders].max() <= inside.max()
     assert seamless == (weighing == "as it is")
 

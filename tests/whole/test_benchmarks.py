@@ -43,6 +43,7 @@ def benchmark(environment, monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.mark.long
 def test_phantom_benchmark_reports_every_row_and_the_same_again(benchmark, tmp_path):
     tables = []
     for _ in range(2):  # the second one finds its model trained
@@ -73,6 +74,7 @@ def test_truth_scores_tell_the_oracle_from_samplers_that_are_wrong_on_purpose():
         assert low[0] > oracle_high[0] and low[1] > oracle_high[1]
 
 
+@pytest.mark.long
 def test_benchmark_on_real_cases_trains_samples_and_writes_a_row(benchmark, tmp_path):
     phantoms.write_cases(tmp_path / "train", 3, 1, 64)
     phantoms.write_cases(tmp_path / "test", 5, 2, 64)
@@ -148,6 +150,7 @@ def test_table_of_trained_models_has_a_row_each_and_computes_none_twice(benchmar
         assert float(b[column].split()[0]) == pytest.approx(np.mean(ged), abs=6e-4)
 
 
+@pytest.mark.long
 def test_steps_are_compared_case_by_case_and_a_stopped_run_goes_on(benchmark, tmp_path):
     phantoms.write_cases(tmp_path / "test", 5, 2, 32)
     flags = {"image_size": 32, "image_channels": 1, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1,
@@ -196,6 +199,7 @@ def speed(benchmark, monkeypatch):
                                     *flags)
 
 
+@pytest.mark.long
 def test_every_part_is_measured_and_written(speed, tmp_path):
     done = speed("--batch_size", "2", "--train_batch_size", "2", "--output_dir", "out")
     assert done.code == 0

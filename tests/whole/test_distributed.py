@@ -64,8 +64,9 @@ def launchers():
             "ngpu": [sys.executable, TRAIN, "--ngpu", 2]}
 
 
+@pytest.mark.parametrize("names", [["ngpu"], pytest.param(["launch", "mpiexec"], marks=pytest.mark.long)])
 def test_two_processes_train_as_one_with_twice_the_batch_under_every_launcher(processes, run, make_cases, tiny,
-                                                                              tmp_path):
+                                                                              tmp_path, names):
     data, expected = make_cases(tmp_path / "data", count=5, raters=[2, 1, 3, 2, 2]), tmp_path / "one"
     result = run("segmentation_train.py", *training(data, expected, tiny, "--batch_size", 4, *watched(data)))
     assert result.code == 0, result.err
@@ -73,9 +74,9 @@ def test_two_processes_train_as_one_with_twice_the_batch_under_every_launcher(pr
                                      attention_resolutions="8", learn_sigma=True).state_dict()
     moved = checkpoint.load(expected / "savedmodel000003.pt")
     assert (moved["out.2.weight"] - fresh["out.2.weight"]).abs().max() > 5e-4  # 5 times what may differ below
-    for launcher, command in launchers().items():
-        result = processes(*command, *training(data, launcher, tiny, "--batch_size", 2, "--visdom_port", 0,
-                                               *watched(data)))
+    for launcher in names:
+        flags = training(data, launcher, tiny, "--batch_size", 2, "--visdom_port", 0, *watched(data))
+        result = processes(*launchers()[launcher], *flags)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("saved step 3") == 1
         assert_as_of_one(tmp_path / launcher, expected)

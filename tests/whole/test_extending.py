@@ -70,7 +70,8 @@ def test_page_has_an_example_of_each_kind():
     assert {command[2] for command in COMMANDS} == FILES.keys()
 
 
-@pytest.mark.parametrize("name", ["flow.py", "features.py", "thresholds.py", "hounsfield.py"])
+@pytest.mark.parametrize("name", ["thresholds.py", *(pytest.param(name, marks=pytest.mark.long) for name in (
+    "flow.py", "features.py", "hounsfield.py"))])
 def test_commands_of_an_example_train_sample_and_score(folder, in_turn, make_cases, tmp_path, name):
     data = make_cases(tmp_path / "data", count=3, raters=[2, 3, 1])
     if name == "hounsfield.py":

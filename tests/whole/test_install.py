@@ -14,6 +14,8 @@ from helpers.processes import training
 from guided_diffusion import __version__
 from guided_diffusion.commands.program import SCRIPTS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):

@@ -61,6 +61,7 @@ def executed(book, environment, monkeypatch, tmp_path):
     return execute
 
 
+@pytest.mark.long
 def test_the_notebook_runs_from_top_to_bottom_and_draws_its_pictures(book, executed, tmp_path):
     kept = len(pictures(book))
     [parameters] = [cell for cell in code_cells(book) if "parameters" in cell.metadata.get("tags", [])]

@@ -74,8 +74,9 @@ def errors(ranks):
 
 
 @pytest.mark.parametrize("signal_, victim, what", [
-    (signal.SIGKILL, 0, "has died"), (signal.SIGKILL, 2, "has died"),
-    (signal.SIGSTOP, 0, "has not answered for 2 seconds"), (signal.SIGSTOP, 1, "has not answered for 2 seconds")])
+    (signal.SIGKILL, 2, "has died"), pytest.param(signal.SIGKILL, 0, "has died", marks=pytest.mark.long),
+    pytest.param(signal.SIGSTOP, 0, "has not answered for 2 seconds", marks=pytest.mark.long),
+    pytest.param(signal.SIGSTOP, 1, "has not answered for 2 seconds", marks=pytest.mark.long)])
 def test_a_rank_that_dies_or_stops_ends_the_others_with_one_message(start, signal_, victim, what):
     ranks = start(3, 2)
     time.sleep(1)
@@ -89,7 +90,7 @@ def test_a_rank_that_dies_or_stops_ends_the_others_with_one_message(start, signa
     assert f"error: rank {victim} (process {ranks[victim].pid} on {socket.gethostname()}) {what}" in line
 
 
-@pytest.mark.parametrize("hanging", [[0], [1, 2]])
+@pytest.mark.parametrize("hanging", [[0], pytest.param([1, 2], marks=pytest.mark.long)])
 def test_a_rank_that_lives_but_gets_stuck_is_named_with_what_it_did(start, hanging):
     ranks = start(3, 2, *hanging)
     line, = "".join(errors(ranks)).splitlines()
@@ -98,6 +99,7 @@ def test_a_rank_that_lives_but_gets_stuck_is_named_with_what_it_did(start, hangi
     assert [rank.returncode for rank in ranks] == [1, 1, 1]
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_as_a_whole_may_go_on(start):
     ranks = start(2, 2)
     time.sleep(1)
@@ -108,6 +110,7 @@ def test_a_run_that_is_stopped_as_a_whole_may_go_on(start):
     assert [rank.poll() for rank in ranks] == [None, None]
 
 
+@pytest.mark.long
 def test_processes_that_never_come_are_reported_within_the_timeout(start):
     first, absent = start(2, 3, wait=False)
     absent.kill()
@@ -199,6 +202,7 @@ def launch(processes, *flags_of_ranks):
     return lines[0]
 
 
+@pytest.mark.long
 def test_flags_that_ranks_do_not_share_are_named(processes, make_cases, tiny, tmp_path):
     data = make_cases(tmp_path / "data")
     flags = training(data, "results", tiny, "--visdom_port", 0)
@@ -209,6 +213,7 @@ def test_flags_that_ranks_do_not_share_are_named(processes, make_cases, tiny, tm
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.long
 def test_a_rank_without_data_is_named(processes, make_cases, tiny, tmp_path):
     """Two machines, the second without the data: the same relative path from another folder."""
     make_cases(tmp_path / "data")
@@ -273,7 +278,8 @@ def background(environment, tmp_path):
         process.stdout.close()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.long)])
 def test_ngpu_passes_signals_on_and_leaves_with_a_code_to_requeue_on(background, make_cases, tiny, tmp_path, number,
                                                                      code):
     data, results = make_cases(tmp_path / "data"), tmp_path / "results"
@@ -284,12 +290,14 @@ def test_ngpu_passes_signals_on_and_leaves_with_a_code_to_requeue_on(background,
     assert checkpoint.steps_in(results)[-1] > 5 and not ranks_of(results)
 
 
+@pytest.mark.long
 def test_ngpu_leaves_with_the_code_of_a_refusal_and_without_a_traceback(processes, tiny, tmp_path):
     result = processes(sys.executable, TRAIN, "--ngpu", 2, *training("nowhere", "results", tiny))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.count("error: --data_dir nowhere: no such folder") == 1
 
 
+@pytest.mark.long
 def test_ranks_whose_launcher_was_killed_save_and_leave(background, make_cases, tiny, tmp_path):
     data, results = make_cases(tmp_path / "data"), tmp_path / "results"
     run = background(sys.executable, TRAIN, "--ngpu", 2, *endless(data, results, tiny))
@@ -300,6 +308,7 @@ def test_ranks_whose_launcher_was_killed_save_and_leave(background, make_cases, 
     assert checkpoint.steps_in(results)[-1] > 5
 
 
+@pytest.mark.long
 def test_a_run_that_a_signal_stops_while_it_draws_ends_as_if_nothing_had_happened(background, processes, make_cases,
                                                                                   tiny, tmp_path):
     """Of the two ranks, only the one that does not write gets the signal."""
@@ -333,6 +342,7 @@ def test_a_run_that_a_signal_stops_while_it_draws_ends_as_if_nothing_had_happene
         assert_same(*(checkpoint.load(folder / name) for folder in (results, straight)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seconds", [1, 3])
 def test_ranks_whose_launcher_is_killed_before_they_have_joined_leave(background, make_cases, tiny, tmp_path, seconds):
     data, results = make_cases(tmp_path / "data"), tmp_path / "results"
@@ -344,6 +354,7 @@ def test_ranks_whose_launcher_is_killed_before_they_have_joined_leave(background
     wait_until(lambda: not ranks_of(results), "the end of the ranks", 40)
 
 
+@pytest.mark.long
 def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_ends_as_if_nothing_had_happened(
         background, processes, make_cases, tiny, tmp_path):
     data = make_cases(tmp_path / "data", count=5, raters=3)
@@ -372,6 +383,7 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "progress.json").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes(processes, run, make_cases, tiny, tmp_path):
     """The same order of examples; two processes, then one, then two again end within rounding of one alone."""
     data = make_cases(tmp_path / "data", count=5, raters=[2, 1, 3, 2, 2])

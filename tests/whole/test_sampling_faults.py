@@ -191,6 +191,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_what_one_rank_cannot_read_is_left_out_by_all_and_two_ranks_score_as_one(sample, flags, data, environment,
                                                                                  make_cases, tmp_path):
     for folder in make_cases(tmp_path / "more", 3, seed=1).iterdir():

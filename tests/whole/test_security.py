@@ -592,8 +592,9 @@ def test_case_of_a_name_that_leads_elsewhere_is_not_read(tmp_path, make_cases, p
 
 
 def test_case_and_file_names_write_nothing_outside_the_results(tmp_path, trained, run, make_cases):
-    data = make_cases(tmp_path / "data", count=3)
-    for i, name in enumerate(("a..", "~", "$(touch escaped)")):
+    names = ["a..", "~", "$(touch escaped)", "n" * 200, "a\\..\\b", "--help", "größer (é) %s {0}", "CON"]
+    data = make_cases(tmp_path / "data", count=len(names))
+    for i, name in enumerate(names):
         (data / f"case{i}").rename(data / name)
     before = tree(tmp_path)
     result = run("segmentation_sample.py", "--data_dir", data, "--results_dir", tmp_path / "results", "--num_ensemble",
@@ -602,6 +603,7 @@ def test_case_and_file_names_write_nothing_outside_the_results(tmp_path, trained
     after = tree(tmp_path)
     assert {path: after[path] for path in before} == before
     assert all(path.parent == tmp_path / "results" for path in after.keys() - before.keys())
+    assert {path.name for path in after if "_output0" in path.name} == {f"{name}_output0.png" for name in names}
 
 
 # ---- going on from a checkpoint whose parts are anything ----
