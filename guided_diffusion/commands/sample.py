@@ -31,11 +31,11 @@ from ..data.readers.base import refuse_unused
 from ..flags import apply_stored_flags, settle
 from ..live.views import SamplingView
 from ..networks.tiles import tiles
-from ..sampling import ensembles, files
+from ..sampling import ensembles, files, volumes
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
 from ..script_util import autocast_dtype, create_method
 from ..system import storage
-from ..system.errors import raise_problems
+from ..system.errors import InputError, raise_problems
 from ..system.terminal import progress, summary
 from .cli import results_folder, run_script, start_script
 from .program import command
@@ -68,6 +68,28 @@ def find_masks(cases: SegmentationCases, i: int, folder: str, num_ensemble: int,
     return masks is not None and (cases.whole(i), masks)
 
 
+def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespace, folder: str) -> list[str]:
+    """Put the masks of this rank's share of the volumes into files in their geometry, where one of the cases `drawn` is
+    a slice of it or a file is missing. All other cases are complete. Returns what is wrong."""
+    slices, problems = {}, []
+    for i, case in enumerate(cases.cases):
+        if case.volume and i not in cases.problems:
+            slices.setdefault(case.volume, []).append(i)
+    for volume in [*slices][dist_util.rank()::dist_util.world_size()]:
+        numbers = slices[volume]
+        kind = cases.readers.name_of(cases.cases[numbers[0]].images[0])
+        files_there = all(storage.exists(storage.join(folder, name)) for name in volumes.names(volume, kind))
+        if kind not in volumes.FORMATS or (files_there and not drawn & {*numbers}):
+            continue
+        try:
+            volumes.write_volume(folder, volume, [
+                (cases.facts(i).info, volumes.read_masks(folder, cases.cases[i].name, args.num_ensemble))
+                for i in numbers])
+        except InputError as error:
+            problems.append(str(error))
+    return problems
+
+
 def what_is_where(args: SimpleNamespace, folder: str, done: str) -> str:
     """What sampling has left, and the command that scores it."""
     rows = [(what, storage.join(folder, f"<case>_{name}")) for what, name in (
@@ -98,6 +120,8 @@ def main() -> None:
                                   need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True,
                                   options=vars(args))
         refuse_unused(vars(args), cases.readers_used, args.data_dir)
+        if not args.evaluate:
+            volumes.refuse_missing_packages(cases.readers_used)
         sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
                                 method.independent) if args.evaluate else None
@@ -182,6 +206,10 @@ def main() -> None:
         dist_util.at(None)
     view.close()
     problems = shared_problems(cases)
+    unplaced = []
+    if not evaluation:
+        drawn = {i for part in dist_util.all_gather_objects(todo) for i in part}
+        unplaced = sum(dist_util.all_gather_objects(write_volumes(cases, drawn, args, folder)), [])
 
     after = len(cases) - len(problems)
     seconds, drawn = time.perf_counter() - start, (after - before) * args.num_ensemble
@@ -196,9 +224,9 @@ def main() -> None:
             logger.log(report(evaluation.write(folder), folder))
     with dist_util.all_ranks_or_none():
         others = f"all other cases ({after}) are complete in {folder}"
-        if len(problems) == 1:
+        if len(problems) == 1 and not unplaced:
             problems = [f"{problems[0]}; {others}"]
-        raise_problems(problems, f"{args.data_dir}; {others}")
+        raise_problems(problems + unplaced, f"{args.data_dir}; {others}")
     if evaluation:
         for i in mine:
             with contextlib.suppress(OSError):

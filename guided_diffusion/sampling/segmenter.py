@@ -24,6 +24,7 @@ from ..flags import FLAGS, apply_stored_flags, defaults, settle
 from ..system import packages, storage
 from ..system.errors import InputError
 from ..system.flag import check_value
+from . import volumes
 from .ensembles import EnsembleSampler, largest_batch
 from .files import write_case
 
@@ -90,14 +91,17 @@ class Ensemble:
         return tuple(np.quantile(areas, [(1 - level) / 2, 0.5, (1 + level) / 2]).tolist())
 
     def save(self, folder: storage.AnyPath, name: str | None = None) -> None:
-        """Write the files of segmentation_sample.py, see files.write_case, into a folder, which is made.
+        """Write the files of segmentation_sample.py, see files.write_case, into a folder, which is made; for a NIfTI or
+        DICOM scan of one slice also those of volumes.write_volume. Slices of a volume: see volumes.save_volumes.
 
         :param name: of the files, <name>_output0.png, ... (default: that of the ensemble).
         :raises InputError: if they cannot be written.
         """
         storage.make_folder(folder, "folder")
-        write_case(folder, Case(name or self.name, self.image, self.raters), self.samples, self.masks,
-                   independent=self.independent)
+        name = name or self.name
+        write_case(folder, Case(name, self.image, self.raters), self.samples, self.masks, independent=self.independent)
+        if self.info.get("format") in volumes.FORMATS and self.info["slices"] == 1:
+            volumes.write_volume(folder, name, [(self.info, self.masks)])
 
 
 class Segmenter:

@@ -124,9 +124,7 @@ def test_scans_of_different_sizes_are_drawn_in_one_go_with_masks_of_their_sizes(
 
 @pytest.mark.parametrize("name", ["energy", "probunet"])
 def test_methods_with_one_latent_a_mask_draw_it_once_over_the_whole_scan(name):
-    from types import SimpleNamespace
 
-    from guided_diffusion.flags import FLAGS
 
     flags = SimpleNamespace(**{flag.name: flag.default for flag in FLAGS} | {
         "image_size": SIDE, "network": "conv_unet", "conv_filters": "8,16", "head_channels": 8, "head_width": 8,
