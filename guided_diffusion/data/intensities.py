@@ -8,7 +8,6 @@ import re
 import numpy as np
 
 from ..system.errors import InputError
-from ..system.flag import parse_numbers
 from .scaling import to_16_bits
 
 MOST_SAMPLED = 1 << 22  # numbers that percentiles are taken of, evenly spaced among all
@@ -46,10 +45,13 @@ class Normalise:
     def __init__(self, text: str = "full"):
         self.text, self.window = text, None
         if text.startswith("window:"):
-            self.window = parse_numbers(float, text.removeprefix("window:"), "normalise")
-            if len(self.window) != 2 or not -np.inf < self.window[0] < self.window[1] < np.inf:
-                raise InputError(f"--normalise {text}: needs two numbers, the lower one first, as in"
-                                 f" window:-1000,400")
+            numbers = re.fullmatch(r"([^,]+),([^,]+)", text.removeprefix("window:"))
+            try:
+                self.window = float(numbers[1]), float(numbers[2])
+            except (TypeError, ValueError):
+                self.window = np.nan, np.nan
+            if not -np.inf < self.window[0] < self.window[1] < np.inf:
+                raise InputError(f"--normalise {text}: needs two numbers, the lower one first, as in window:-1000,400")
         elif text != "full" and text not in _OF_DATA:
             raise InputError(f"--normalise {text}: is none of full, {', '.join(_OF_DATA)} and window:LOW,HIGH")
 
@@ -64,9 +66,11 @@ class Normalise:
         :raises ValueError: for pixels that are no numbers, or have no full range.
         """
         if pixels.dtype.kind not in "uif" or pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-            raise ValueError(f"{pixels.dtype} from {pixels.min()} to {pixels.max()}, which are no finite numbers;"
-                             f" replace them there")
+            raise ValueError(f"{pixels.dtype}, not all of them finite numbers; save it without others, as"
+                             f" numpy.nan_to_num makes it")
         count = len(pixels)
+        if full == (0, 255) and pixels.dtype == np.uint8 or full == (0, 65535) and pixels.dtype == np.uint16:
+            full = None
         if self.window or (self.text == "full" and full):
             return tuple(np.full(count, value, np.float64) for value in self.window or full)
         if self.text != "full":

@@ -45,8 +45,9 @@ class Dicom(VolumeReader):
             except Exception:  # reading it says what is wrong
                 found.append(Stack(path.stem, (path,), 1))
                 continue
-            if "Rows" not in header or str(header.get("SOPClassUID", "")).startswith(_SEGMENTATIONS):
-                continue
+            kind = header.get("SOPClassUID")
+            if kind and (kind.startswith(_SEGMENTATIONS) or ("Rows" not in header and "Image" not in kind.name)):
+                continue  # plans, reports, outlines, masks
             if (frames := int(header.get("NumberOfFrames", 1) or 1)) > 1:
                 found.append(Stack(_stem(path), (path,), frames))
             else:
@@ -125,13 +126,15 @@ def _along(place):
 def _read(path, several):
     """Pixels [C, D, H, W], further info of each slice, spacing, full range and info of one file."""
     pydicom = packages.require("pydicom", f"{path}: reading it")
-    data = pydicom.dcmread(path)
+    try:
+        data = pydicom.dcmread(path)
+    except pydicom.errors.InvalidDicomError:
+        raise InputError(f"{path}: is no DICOM file, since it does not begin as one; replace it or remove it") from None
     if "PixelData" not in data and "FloatPixelData" not in data and "DoubleFloatPixelData" not in data:
-        raise InputError(f"{path}: holds no picture; remove it")
+        raise InputError(f"{path}: holds no picture, or is cut off; replace it or remove it")
     frames = int(data.get("NumberOfFrames", 1) or 1)
     stored = _decoded(pydicom, data, path)
-    stored = stored.reshape(frames, *stored.shape[stored.ndim - 2 - (data.get("SamplesPerPixel", 1) > 1):])
-    stored = stored[..., None] if stored.ndim == 3 else stored  # [D, H, W, C]
+    stored = stored.reshape(frames, data.Rows, data.Columns, -1)  # [D, H, W, C]
     if data.get("PhotometricInterpretation") == "MONOCHROME1" and stored.dtype.kind in "iu":  # 0 is white
         low, high = _stored_range(data)
         stored = (low + high - stored.astype(np.int32)).astype(stored.dtype)
@@ -140,9 +143,9 @@ def _read(path, several):
     if any(pair != (1, 0) for pair in rescale):
         stored = np.stack([_apply(frame, *pair) for frame, pair in zip(stored, rescale)])
     full = None
-    if data.get("Modality") == "CT" and data.get("SamplesPerPixel", 1) == 1:
+    if data.get("Modality") == "CT" and stored.shape[3] == 1:
         full = CT_RANGE
-    elif stored.dtype.kind in "iuf" and "BitsStored" in data:
+    elif "BitsStored" in data and stored.shape[3] == data.get("SamplesPerPixel", 1):  # not so for palettes
         slope, intercept = rescale[0]
         full = tuple(value * slope + intercept for value in _stored_range(data))
     places = [_place(each, path, i if frames > 1 and not several else None, data) for i, each in enumerate(groups)]
@@ -155,12 +158,12 @@ def _decoded(pydicom, data, path):
     """Stored numbers, or colours as RGB."""
     try:
         pixels = pydicom.pixels.pixel_array(data)
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError):
         syntax = data.file_meta.TransferSyntaxUID
-        if syntax.is_compressed and "missing" in str(error):
-            raise InputError(f"{path}: is compressed ({syntax.name}), for which no decoder is installed: pip install"
-                             f" pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg") from None
-        raise
+        if not syntax.is_compressed:
+            raise
+        raise InputError(f"{path}: is compressed ({syntax.name}), and damaged or without a decoder here; replace it, or"
+                         f" pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg") from None
     if data.get("PhotometricInterpretation") == "PALETTE COLOR":
         pixels = pydicom.pixels.apply_color_lut(pixels, data)
         return np.round(pixels / 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
