@@ -34,7 +34,10 @@ def main() -> None:
     said = checkpoint.metadata_of(path) if checkpoint.is_safetensors(path) else {"step": str(step)} if step else {}
     if args.calibrate:
         cases = SegmentationCases(args.calibrate, args.image_size, args.image_channels, args.fit, flag="--calibrate")
-        said["calibrated"] = method.prepare().calibrate(progress(cases, "calibrating", len(cases), "case"))
+        method.prepare()
+        if args.fit == "tile":
+            method.tile(args.image_size)
+        said["calibrated"] = method.calibrate(progress(cases, "calibrating", len(cases), "case"))
         print(said["calibrated"])
     facts = {**said, **facts, "method": args.method}
     flags = {flag.name: getattr(args, flag.name) for flag in identity_flags() if hasattr(args, flag.name)}
