@@ -90,11 +90,13 @@ def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespa
     return problems
 
 
-def what_is_where(args: SimpleNamespace, folder: str, done: str) -> str:
-    """What sampling has left, and the command that scores it."""
+def what_is_where(args: SimpleNamespace, folder: str, done: str, formats: set[str]) -> str:
+    """What sampling has left of files of these formats, and the command that scores it."""
     rows = [(what, storage.join(folder, f"<case>_{name}")) for what, name in (
         ("to look at", "montage.png"), ("masks", f"output0.png .. {args.num_ensemble - 1}"),
         ("probability of foreground", "mean.png"), ("spread", "std.png"), ("before the threshold", "ensemble.npz"))]
+    rows += [(f"in the {kind} scan's geometry", storage.join(folder, name)) for kind in sorted(formats)
+             if kind in volumes.FORMATS for name in volumes.names("<volume>", kind)]
     flags = ["--data_dir", args.data_dir, "--samples_dir", folder]
     for name, default in (("plugin", ""), ("foreground", ""), ("normalise", "full")):
         if getattr(args, name) != default:
@@ -167,7 +169,7 @@ def main() -> None:
     if args.fit == "tile":
         method.tile(args.image_size)
         logger.log(f"scans are drawn by tiles of {args.image_size} pixels, the largest by"
-                   f" {len(tiles(*size, args.image_size))}; each takes so many network calls")
+                   f" {len(tiles(*size, args.image_size))}, each of which takes these network calls")
     blank = np.zeros((args.image_channels, *size), np.float32)
     if auto:
         sampler.fit_batch_size(blank)
@@ -218,7 +220,7 @@ def main() -> None:
         logger.log(done)
         evaluation.gather()
     elif after:
-        logger.log(what_is_where(args, folder, done))
+        logger.log(what_is_where(args, folder, done, cases.readers_used))
     with dist_util.all_ranks_or_none():
         if evaluation and rank == 0 and after:
             logger.log(report(evaluation.write(folder), folder))

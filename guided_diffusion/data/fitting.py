@@ -28,9 +28,9 @@ class Fitting(NamedTuple):
 
     @property
     def fitted(self) -> tuple[int, int]:
-        """The size that the scan is brought to, (h, w): for tiles at least a square of that side, and even."""
+        """The size that the scan is brought to, (h, w): for tiles at least a square of that side, and as even."""
         if self.fit == "tile":
-            return tuple(max(self.side, length + length % 2) for length in self.size)
+            return tuple(max(self.side, length + (length - self.side) % 2) for length in self.size)
         return self.side, self.side
 
     @property

@@ -1,12 +1,10 @@
-"""A network that sees squares of one size, made to see larger scans by overlapping tiles whose outputs are blended.
+"""Scans larger than the squares that a network sees, by overlapping tiles whose outputs are blended.
 
-The blend is of what the network returns: the predicted noise or x_0 at every step of a diffusion (Bar-Tal et al. 2023,
-arXiv 2302.08113, section 4), or the features of a scan. So whatever is drawn from it, a member has one noise over the
-whole scan and one latent, and no border between tiles.
+In a diffusion the blend is of the predicted noise or x_0 at every step (Bar-Tal et al. 2023, arXiv 2302.08113,
+section 4); else of the logits of a mask. Noise and latents are drawn once for the whole scan.
 """
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,10 @@ from .base import Encoded
 
 
 def starts(length: int, side: int) -> list[int]:
-    """Where tiles of this side begin along an axis: evenly, neighbours at most half a side apart, to both ends."""
+    """Where tiles of this side begin along an axis: at even numbers (so must `length - side` be), about half a side or
+    less apart, to both ends."""
     count = -(-2 * (length - side) // side) + 1
-    return [round(i * (length - side) / max(count - 1, 1)) for i in range(count)]
+    return [2 * round(i * (length - side) / max(count - 1, 1) / 2) for i in range(count)]
 
 
 def tiles(height: int, width: int, side: int) -> list[tuple[slice, slice]]:
@@ -31,6 +30,24 @@ def weights(side: int, like: Tensor) -> Tensor:
     border."""
     axis = torch.sin(torch.pi * (torch.arange(side, device=like.device) + 0.5) / side) ** 2
     return axis[:, None] * axis
+
+
+def blend(parts: Iterable[Tensor], height: int, width: int, side: int) -> Tensor:
+    """What there is of each tile of a scan, in order, [N, c, side, side] -> [N, c, height, width] float32."""
+    places, total = tiles(height, width, side), None
+    for place, part in zip(places, parts, strict=True):
+        if total is None:
+            count = weights(side, part)
+            whole, total = (part.new_zeros(*lead, height, width, dtype=torch.float32) for lead in (part.shape[:2], ()))
+        whole[..., *place] += count * part
+        total[place] += count
+    return whole / total
+
+
+def cut(x: Tensor, side: int) -> Iterator[Tensor]:
+    """[N, c, H, W] -> its tiles, [N, c, side, side] each."""
+    for place in tiles(*x.shape[2:], side):
+        yield x[..., *place].contiguous()
 
 
 class Tiled(nn.Module):
@@ -49,30 +66,9 @@ class Tiled(nn.Module):
             self.encode = self._encode
 
     def _encode(self, image: Tensor) -> Encoded:
-        return [self.network.encode(part) for part in self._parts(image)]
-
-    def _parts(self, x: Tensor) -> Iterator[Tensor]:
-        for place in tiles(*x.shape[2:], self.side):
-            yield x[..., *place].contiguous()
+        return [self.network.encode(part) for part in cut(image, self.side)]
 
     def forward(self, x: Tensor, timesteps: Tensor, image: Tensor | None = None, encoded: Encoded = None) -> Tensor:
-        scans = [{"image": part} for part in self._parts(image)] if encoded is None else [
-            {"encoded": part} for part in encoded]
-        count, total, out = weights(self.side, x), x.new_zeros(x.shape[2:], dtype=torch.float32), None
-        for place, part, scan in zip(tiles(*x.shape[2:], self.side), self._parts(x), scans):
-            drawn = self.network(part, timesteps, **scan).float()
-            if out is None:
-                out = drawn.new_zeros(*drawn.shape[:2], *x.shape[2:])
-            out[..., *place] += count * drawn
-            total[place] += count
-        return out / total
-
-
-def tiled(module: nn.Module, side: int, name: str = "") -> nn.Module:
-    """A network by tiles; or with a name, a copy of a module in which this network of its own is by tiles. Weights are
-    shared."""
-    if not name:
-        return Tiled(module, side)
-    copied = copy.copy(module)
-    copied._modules = {**module._modules, name: Tiled(getattr(module, name), side)}
-    return copied
+        name, scans = ("image", cut(image, self.side)) if encoded is None else ("encoded", encoded)
+        drawn = (self.network(part, timesteps, **{name: scan}) for part, scan in zip(cut(x, self.side), scans))
+        return blend(drawn, *x.shape[2:], self.side)

@@ -22,11 +22,11 @@ from guided_diffusion.sampling.segmenter import Segmenter
 SIDE = 16
 
 
-@pytest.mark.parametrize("length", [16, 17, 24, 25, 40, 100])
+@pytest.mark.parametrize("length", [16, 18, 24, 26, 40, 100])
 def test_tiles_reach_both_ends_and_overlap_by_half_or_more(length):
     found = starts(length, SIDE)
     assert found[0] == 0 and found[-1] == length - SIDE
-    assert all(0 < step <= SIDE // 2 + 1 for step in np.diff(found))
+    assert all(0 < step <= SIDE // 2 + 2 and step % 2 == 0 for step in np.diff(found))
     covered = np.zeros((length, 20), int)
     for place in tiles(length, 20, SIDE):
         covered[place] += 1
@@ -55,7 +55,7 @@ class EncodesFirst(nn.Module):
 
 
 def test_what_does_not_depend_on_the_tile_is_as_if_drawn_at_once():
-    x, image, t = torch.randn(3, 1, 40, 29), torch.rand(3, 2, 40, 29), torch.arange(3.0)
+    x, image, t = torch.randn(3, 1, 40, 30), torch.rand(3, 2, 40, 30), torch.arange(3.0)
     torch.testing.assert_close(Tiled(Pixels(), SIDE)(x, t, image=image), x + 2 * image[:, :1] + t[:, None, None, None])
     network = Tiled(EncodesFirst(), SIDE)
     torch.testing.assert_close(network(x, t, encoded=network.encode(image)), x + image[:, :1] + 2 * image[:, 1:])
@@ -123,7 +123,7 @@ def test_scans_of_different_sizes_are_drawn_in_one_go_with_masks_of_their_sizes(
 
 
 @pytest.mark.parametrize("name", ["energy", "probunet"])
-def test_methods_with_one_latent_a_mask_draw_it_once_over_the_whole_scan(name):
+def test_methods_with_one_latent_a_mask_draw_by_tiles(name):
 
 
     flags = SimpleNamespace(**{flag.name: flag.default for flag in FLAGS} | {
@@ -131,12 +131,29 @@ def test_methods_with_one_latent_a_mask_draw_it_once_over_the_whole_scan(name):
         "probunet_filters": "8,16", "image_channels": 1})
     torch.manual_seed(0)
     method = METHODS[name].from_flags(flags, training=False).prepare()
-    whole, sampler = method.model, EnsembleSampler(method, batch_size=2)
+    sampler = EnsembleSampler(method, batch_size=2)
     case = Case("a", np.random.default_rng(0).random((1, 40, 26), np.float32), np.zeros((0, 40, 26), bool))
+    small = case._replace(image=case.image[:, 4:20, 6:22])
+    (_, at_once), = sampler.ensembles([small], 2)
     method.tile(SIDE)
-    (_, samples), = sampler.ensembles([case], 2)
+    (_, samples), (_, one_tile) = sampler.ensembles([case, small], 2)
     assert samples.shape == (2, 40, 26) and np.isfinite(samples).all()
-    assert method.model is not whole and not any(isinstance(module, Tiled) for module in whole.modules())
+    np.testing.assert_allclose(one_tile, at_once, atol=1e-5)
+
+
+def test_the_head_of_energy_sees_in_every_tile_the_noise_of_its_place_and_decides_smoothly(monkeypatch):
+    """Whether a member is empty changes from tile to tile; where it does, more and more members are."""
+    method = EnergyMethod(MaskGenerator(nn.Identity(), MaskHead(4, 8, 4, 8)), spread=False)
+    method.tile(SIDE)
+    monkeypatch.setattr(method.model.head, "draw", lambda features, summary, latent, noise: noise[:, :1].repeat(
+        1, 4, 1, 1).reshape(-1, 2, 2, SIDE // 2, SIDE // 2).permute(0, 3, 1, 4, 2).reshape(-1, SIDE, SIDE))
+    noise = torch.arange(2 * 3 * 20 * 16.0).reshape(2, 3, 20, 16)
+    count = len(tiles(40, 32, SIDE))
+    parts = [(None, None, torch.full((2,), float(i))) for i in range(count)]
+    logits, empty = method._blended(parts, torch.zeros(2, 4), noise)
+    torch.testing.assert_close(logits, noise[:, 0].repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert empty.shape == (2, 40, 32) and empty.min() < 0.1 and empty.max() > count - 1.1
+    assert empty.diff(dim=2).abs().max() < 0.25  # tiles beside each other differ by 1
 
 
 def test_a_model_that_sees_the_centre_alone_is_not_tiled():
