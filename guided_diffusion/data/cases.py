@@ -77,6 +77,7 @@ class SegmentationCases:
             self.cases = self.cases[:limit]
         self.readers_used = self.readers.used(self.cases)
         self.decoded, self.kept = self._decode_all(progress)
+        self.readers.forget()
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -122,7 +123,7 @@ class SegmentationCases:
         """
         files = self.cases[i]
         scan = self.readers.read(files.images[0], files.slice, files.series)
-        return Facts(scan.spacing, scan.info)
+        return Facts(scan.spacing, {**scan.info, **({"volume": files.volume} if files.volume else {})})
 
     def compact(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Case i as it is kept: image [c, S, S] uint8 or uint16, c 1 or image_channels, and packed masks of its raters,

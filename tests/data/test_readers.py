@@ -144,7 +144,7 @@ class Pixels(Reader):
 @pytest.mark.parametrize("pixels, words", [
     (np.ones((2, 2), np.uint8), "gives pixels [2, 2], not [channels, rows, columns]"),
     (np.full((1, 2, 2), -3, np.int16), "gives int16 from -3 to -3, not uint8, uint16 or floats in [0, 1]"),
-    (np.full((1, 2, 2), 1.5), "gives float64 from 1.5 to 1.5"), (np.full((1, 2, 2), np.nan), "from nan to nan"),
+    (np.full((1, 2, 2), 1.5), "gives float64 from 1.5 to 1.5"), (np.full((1, 2, 2), np.nan), "not all of them finite"),
     (KeyError("hu"), "cannot be read (KeyError: 'hu'); replace it or remove its case"),
     (InputError("image_0.test: is of the future"), "image_0.test: is of the future"),
 ])

@@ -53,9 +53,10 @@ def test_only_what_everything_needs_is_required_and_the_rest_are_extras(distribu
         name = package.strip().split("<")[0].split(">")[0]
         required.setdefault(extra, set()).add(name)
     assert required[""] == {"torch", "numpy", "pillow", "tqdm", "scipy", "safetensors"}
-    optional = {"matplotlib", "visdom", "blobfile", "mpi4py"}
+    optional = {"matplotlib", "visdom", "blobfile", "mpi4py", "pydicom", "nibabel"}
     for extra, packages in (("plots", {"matplotlib"}), ("visdom", {"visdom"}), ("cloud", {"blobfile"}),
-                            ("mpi", {"mpi4py", "mpich"}), ("all", optional), ("dev", {*optional, "pytest", "ruff"})):
+                            ("mpi", {"mpi4py", "mpich"}), ("medical", {"pydicom", "nibabel"}), ("all", optional),
+                            ("dev", {*optional, "pytest", "ruff"})):
         assert packages <= required[extra], extra
 
 

@@ -270,7 +270,7 @@ class Readers:
             future = self._volumes.pop(files, None)
             first = future is None
             future = self._volumes[files] = future or Future()
-            self._forget()
+            self._forget(VOLUME_BYTES)
         if first:
             try:
                 volume = self._call("read_volume", files[0], files)
@@ -280,14 +280,19 @@ class Readers:
                 future.set_exception(error)
         return future.result()
 
-    def _forget(self):
-        """Let go of the volumes that were used longest ago, above VOLUME_BYTES."""
+    def forget(self) -> None:
+        """Let go of all volumes that are kept."""
+        with self._lock:
+            self._forget(0)
+
+    def _forget(self, most):
+        """Let go of the volumes that were used longest ago, above so many bytes."""
         size = 0
         for files in reversed([*self._volumes]):
             future = self._volumes[files]
             if future.done() and not future.exception():
                 size += future.result().volume.pixels.nbytes
-                if size > VOLUME_BYTES:
+                if size > most:
                     del self._volumes[files]
 
     def _check(self, pixels, path, dimensions):
