@@ -35,7 +35,7 @@ from ..sampling import ensembles, files, volumes
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
 from ..script_util import autocast_dtype, create_method
 from ..system import storage
-from ..system.errors import InputError, raise_problems
+from ..system.errors import raise_problems
 from ..system.terminal import progress, summary
 from .cli import results_folder, run_script, start_script
 from .program import command
@@ -70,7 +70,7 @@ def find_masks(cases: SegmentationCases, i: int, folder: str, num_ensemble: int,
 
 def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespace, folder: str) -> list[str]:
     """Put the masks of this rank's share of the volumes into files in their geometry, where one of the cases `drawn` is
-    a slice of it or a file is missing. All other cases are complete. Returns what is wrong."""
+    a slice of it or a file is missing. Returns which have no geometry, a message each."""
     slices, problems = {}, []
     for i, case in enumerate(cases.cases):
         if case.volume and i not in cases.problems:
@@ -85,7 +85,7 @@ def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespa
             volumes.write_volume(folder, volume, [
                 (cases.facts(i).info, volumes.read_masks(folder, cases.cases[i].name, args.num_ensemble))
                 for i in numbers])
-        except InputError as error:
+        except volumes.NoGeometry as error:
             problems.append(str(error))
     return problems
 
@@ -208,10 +208,12 @@ def main() -> None:
         dist_util.at(None)
     view.close()
     problems = shared_problems(cases)
-    unplaced = []
     if not evaluation:
         drawn = {i for part in dist_util.all_gather_objects(todo) for i in part}
-        unplaced = sum(dist_util.all_gather_objects(write_volumes(cases, drawn, args, folder)), [])
+        with dist_util.all_ranks_or_none():
+            unplaced = write_volumes(cases, drawn, args, folder)
+        for problem in sum(dist_util.all_gather_objects(unplaced), []):
+            logger.log(problem)
 
     after = len(cases) - len(problems)
     seconds, drawn = time.perf_counter() - start, (after - before) * args.num_ensemble
@@ -226,9 +228,9 @@ def main() -> None:
             logger.log(report(evaluation.write(folder), folder))
     with dist_util.all_ranks_or_none():
         others = f"all other cases ({after}) are complete in {folder}"
-        if len(problems) == 1 and not unplaced:
+        if len(problems) == 1:
             problems = [f"{problems[0]}; {others}"]
-        raise_problems(problems + unplaced, f"{args.data_dir}; {others}")
+        raise_problems(problems, f"{args.data_dir}; {others}")
     if evaluation:
         for i in mine:
             with contextlib.suppress(OSError):

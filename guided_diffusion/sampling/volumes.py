@@ -30,8 +30,15 @@ FORMATS = {"nifti": ("nibabel",), "dicom": ("pydicom", "highdicom")}  # and the 
 NIFTI = "ensemble.nii.gz", "probability.nii.gz", "spread.nii.gz"
 DICOM = "members.dcm", "probability.dcm"
 MAKER = "guided_diffusion"
+# of DICOM files, which must be there and may be empty; what takes names out of files takes some of them with it
+MAY_BE_EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+                "AccessionNumber", "ReferringPhysicianName")
 
 Info = Mapping[str, Any]
+
+
+class NoGeometry(InputError):
+    """A scan does not say all of its place that masks in its format need."""
 
 
 def refuse_missing_packages(formats: Iterable[str]) -> None:
@@ -51,7 +58,7 @@ def write_volume(folder: storage.AnyPath, name: str, slices: Sequence[tuple[Info
     """Write the files of one volume.
 
     :param name: of the files. slices: (info, masks [n, H, W] bool) of each slice that has masks, in any order.
-    :raises InputError: if a file cannot be written, or the source is gone or has no geometry.
+    :raises NoGeometry: if the source is gone, or does not say where it is; InputError: if a file cannot be written.
     """
     info = slices[0][0]
     try:
@@ -60,7 +67,7 @@ def write_volume(folder: storage.AnyPath, name: str, slices: Sequence[tuple[Info
         raise
     except Exception as error:  # the libraries raise almost anything on a header that they do not take
         where = info.get("path") or info["files"][0]
-        raise InputError(f"{where}: masks cannot be written in its format ({type(error).__name__}: {error}); they are"
+        raise NoGeometry(f"{where}: masks cannot be written in its format ({type(error).__name__}: {error}); they are"
                          f" in {name}*_output<i>.png") from error
     for file, data in zip(names(name, info["format"]), contents):
         with writing(storage.join(folder, file)) as path:
@@ -135,6 +142,14 @@ def _dicom_files(slices):
         numbers = sorted(info["slice"] for info, _ in slices)
         files, masks = [files[i] for i in numbers], masks[numbers]
     sources = [pydicom.dcmread(Path(file), stop_before_pixels=True) for file in files]
+    for source in sources:
+        for name in MAY_BE_EMPTY:
+            if name not in source:
+                setattr(source, name, "")
+        if "FrameOfReferenceUID" not in source:  # then the series has one of its own
+            source.FrameOfReferenceUID = pydicom.uid.generate_uid(entropy_srcs=[str(source.SeriesInstanceUID)])
+        if not source.get("SliceThickness") and info["slice_spacing"]:
+            source.SliceThickness = info["slice_spacing"]
     probability = masks.mean(-1, dtype=np.float32)
     labels = [*(f"member {i}" for i in range(masks.shape[-1])), "probability of at least 0.5"]
     segments = np.concatenate([masks, (probability >= 0.5)[..., None]], axis=-1, dtype=np.uint8)
