@@ -299,7 +299,7 @@ def measure_ensemble(args):
         list(zip(range(steps), walk))
 
     def batch_of(n):
-        return min(n, largest_batch(DEVICE, args.image_size))
+        return min(n, largest_batch(DEVICE, args.image_size ** 2))
 
     def drawn(n, steps):
         diffusion = script_util.create_gaussian_diffusion(

@@ -175,7 +175,7 @@ def drawn(name, method, cases, chosen, args):
 
 
 def batch(method, side, count):
-    return min(largest_batch(next(method.parameters()).device, side), count)
+    return min(largest_batch(next(method.parameters()).device, side ** 2), count)
 
 
 def interval(values, patients):

@@ -9,7 +9,10 @@ from typing import Any
 
 from . import pretrained
 from .data.augment import AUGMENTATIONS
+from .data.fitting import FITS
+from .data.intensities import WORDS
 from .data.readers import READERS
+from .data.windows import WINDOWS
 from .gaussian_diffusion import SCHEDULES
 from .methods import METHODS
 from .metrics import PATIENT_PATTERN, SCORES
@@ -28,8 +31,12 @@ _COMMON = [
     Flag("network", NETWORKS, "unet", "the network of the method", "model"),
     Flag("image_size", int, 64, "side of images and masks in pixels; the U-Net halves it once a level", "model",
          most=8192),
-    Flag("image_channels", int, 4, "channels of the scan; a single-channel image is repeated (published: 4)",
-         "model", least=1, most=1024),
+    Flag("image_channels", number_or_auto, 4, "channels of the scan; a single-channel image is repeated (published: 4;"
+         " auto, when training: as many as the data have)", "model", least=1, most=1024),
+    Flag("normalise", str, "full", f"the numbers of a scan that are black and white. {WORDS}", "model"),
+    Flag("normalise", str, "full", "as for training, for the pictures beside the scores", "evaluation"),
+    Flag("context", int, 0, "so many slices before and after that of a volume are further channels of the scan",
+         "model", least=0, most=64),
     Flag("use_fp16", bool, False, "half precision with loss scaling, CUDA only", "model"),
     Flag("use_bf16", bool, False, "bfloat16, CUDA or CPU; needs no loss scaling", "model"),
 
@@ -48,6 +55,9 @@ _COMMON = [
     Flag("batch_size", int, 1, "examples per process and step", "training", least=1, most=10 ** 6),
     Flag("augment", str, "", "change training examples at random, at every visit anew: any of these names, separated by"
          f" commas. {AUGMENTATIONS.words()}", "training"),
+    Flag("window", tuple(WINDOWS), "uniform", "with --fit tile, where the window of image_size lies that a scan is seen"
+         f" through, at every visit anew. {'; '.join(f'{name}: {words}' for name, words in WINDOWS.items())}",
+         "training"),
     Flag("microbatch", int, -1, "split each batch into parts of this size to save memory; the result is the same"
          " (-1: do not)", "training"),
     Flag("ema_rate", str, "0.9999", "rates of the moving averages of the weights, separated by commas", "training"),
@@ -114,14 +124,17 @@ _COMMON = [
     Flag("patient_pattern", str, PATIENT_PATTERN, "regular expression for the patient in the name of a case; intervals"
          " resample patients. By default all up to the end of the first number", "scoring"),
 
+    Flag("foreground", str, "", "values of label maps that are foreground, as in 1,2,4 (default: of pictures what is"
+         " above half of full scale; of NIfTI, DICOM and .npy what is above 0)", "reading"),
+
     Flag("compile", bool, False, "let torch.compile fuse the U-Net's operations; meant for CUDA, as the convolutions"
          " of a CPU gain nothing. Goes on without where no compiler works", "speed"),
 
     Flag("plugin", str, "", "Python file, or several with commas, with methods, networks, predictions, samplers,"
          " readers or scores of your own, see docs/extending.md; each command that needs them needs it named",
          "files and processes"),
-    Flag("fit", ("error", "resize", "crop"), "error", "what to do with images of another size than image_size, or than"
-         " the masks to score", "files and processes"),
+    Flag("fit", tuple(FITS), "error", "what to do with scans of another size than image_size, or than the masks to"
+         f" score. {'; '.join(f'{name}: {words}' for name, words in FITS.items())}", "files and processes"),
     Flag("seed", int, 0, "seed of everything random", "files and processes", least=0),
     Flag("ngpu", int, 0, "start so many processes on this machine, one a GPU (0: as the launcher did)",
          "files and processes", least=0, most=1024),
@@ -255,6 +268,8 @@ def check_stored_flags(stored: dict[str, Any], where: str) -> None:
     file = where if where.endswith(".safetensors") else f"{where}/flags.json"
     for flag in identity_flags():
         if flag.name in stored:
+            if stored[flag.name] == "auto":
+                raise InputError(f"{file}: {flag.name} 'auto': must be a number")
             check_value(flag, stored[flag.name], f"{file}: {flag.name}")
 
 

@@ -206,6 +206,8 @@ def _check_ranges(job, args, given):
         unused = [f"--{flag.name}" for flag in FLAGS if flag.group == "scoring" and flag.name in given]
         if unused and not args.evaluate:
             raise InputError(f"{', '.join(unused)}: for scores only; give --evaluate True, too")
+    if values.get("image_channels") == "auto" and job != "training":
+        raise InputError("--image_channels auto: is found from the data of training; leave it away")
     if values.get("dropout", 0) >= 1:
         raise InputError(f"--dropout {args.dropout}: must be below 1")
     if values.get("fp16_scale_growth", 1) <= 0:

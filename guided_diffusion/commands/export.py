@@ -32,6 +32,9 @@ def main() -> None:
 
     step = checkpoint.step_of(path)
     said = checkpoint.metadata_of(path) if checkpoint.is_safetensors(path) else {"step": str(step)} if step else {}
+    if args.calibrate and args.fit == "tile":
+        raise InputError("--fit tile: whether experts mark anything is calibrated on scans that are seen at once; give"
+                         " --fit crop, or another")
     if args.calibrate:
         cases = SegmentationCases(args.calibrate, args.image_size, args.image_channels, args.fit, flag="--calibrate")
         said["calibrated"] = method.prepare().calibrate(progress(cases, "calibrating", len(cases), "case"))

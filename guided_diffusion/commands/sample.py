@@ -12,11 +12,13 @@ kept in a hidden file, so that a run that was stopped goes on.
 
 import contextlib
 import itertools
+import math
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,9 +28,10 @@ from .. import checkpoint, dist_util, logger, pretrained
 from ..data.cases import Case, SegmentationCases
 from ..data.masks import to_masks
 from ..data.readers.base import refuse_unused
-from ..flags import apply_stored_flags, default, settle
+from ..flags import apply_stored_flags, settle
 from ..live.views import SamplingView
-from ..sampling import ensembles, files
+from ..networks.tiles import tiles
+from ..sampling import ensembles, files, volumes
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
 from ..script_util import autocast_dtype, create_method
 from ..system import storage
@@ -53,27 +56,50 @@ def announce_time(sampler: ensembles.EnsembleSampler, batches: int, scan: np.nda
         logger.log(f"this will take about {timedelta(seconds=round(seconds))}; {method.advice}")
 
 
-def is_done(case: Case, folder: str, shape: tuple[int, int, int], settings: Sequence[dict[str, Any]],
-            evaluation: Evaluation | None) -> bool:
-    """Whether the masks of a case are there, of this shape and from one of these settings; for an evaluation, scores
-    them."""
+def find_masks(cases: SegmentationCases, i: int, folder: str, num_ensemble: int, settings: Sequence[dict[str, Any]],
+               kept: bool) -> bool | tuple[Case, np.ndarray]:
+    """Whether the masks of case i are there, at its own size and from one of these settings; for those that are `kept`
+    to be scored, the case at that size and the masks."""
+    case, shape = cases[i], (num_ensemble, *cases.fitting(i).size)
     fingerprints = [files.fingerprint(case, **each) for each in settings]
-    if not evaluation:
+    if not kept:
         return files.is_complete(folder, case.name, shape, *fingerprints)
     masks = files.kept_masks(folder, case.name, shape, *fingerprints)
-    if masks is not None:
-        evaluation.add(*case, masks)
-    return masks is not None
+    return masks is not None and (cases.whole(i), masks)
 
 
-def what_is_where(args: SimpleNamespace, folder: str, done: str) -> str:
-    """What sampling has left, and the command that scores it."""
+def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespace, folder: str) -> list[str]:
+    """Put the masks of this rank's share of the volumes into files in their geometry, where one of the cases `drawn` is
+    a slice of it or a file is missing. Returns which have no geometry, a message each."""
+    slices, problems = {}, []
+    for i, case in enumerate(cases.cases):
+        if case.volume and i not in cases.problems:
+            slices.setdefault(case.volume, []).append(i)
+    for volume in [*slices][dist_util.rank()::dist_util.world_size()]:
+        numbers = slices[volume]
+        kind = cases.readers.name_of(cases.cases[numbers[0]].images[0])
+        files_there = all(storage.exists(storage.join(folder, name)) for name in volumes.names(volume, kind))
+        if kind not in volumes.FORMATS or (files_there and not drawn & {*numbers}):
+            continue
+        try:
+            volumes.write_volume(folder, volume, [
+                (cases.facts(i).info, volumes.read_masks(folder, cases.cases[i].name, args.num_ensemble))
+                for i in numbers])
+        except volumes.NoGeometry as error:
+            problems.append(str(error))
+    return problems
+
+
+def what_is_where(args: SimpleNamespace, folder: str, done: str, formats: set[str]) -> str:
+    """What sampling has left of files of these formats, and the command that scores it."""
     rows = [(what, storage.join(folder, f"<case>_{name}")) for what, name in (
         ("to look at", "montage.png"), ("masks", f"output0.png .. {args.num_ensemble - 1}"),
         ("probability of foreground", "mean.png"), ("spread", "std.png"), ("before the threshold", "ensemble.npz"))]
+    rows += [(f"in the {kind} scan's geometry", storage.join(folder, name)) for kind in sorted(formats)
+             if kind in volumes.FORMATS for name in volumes.names("<volume>", kind)]
     flags = ["--data_dir", args.data_dir, "--samples_dir", folder]
-    for name in ("fit", "plugin"):
-        if getattr(args, name) != default("files and processes", name):
+    for name, default in (("plugin", ""), ("foreground", ""), ("normalise", "full")):
+        if getattr(args, name) != default:
             flags += [f"--{name}", getattr(args, name)]
     if args.num_samples:
         flags += ["--skip_missing", "True"]
@@ -96,6 +122,8 @@ def main() -> None:
                                   need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True,
                                   options=vars(args))
         refuse_unused(vars(args), cases.readers_used, args.data_dir)
+        if not args.evaluate:
+            volumes.refuse_missing_packages(cases.readers_used)
         sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
                                 method.independent) if args.evaluate else None
@@ -108,16 +136,25 @@ def main() -> None:
             storage.remove_partial(folder)
 
     settings = files.drawing_settings(args, storage.digest(model_path))
-    shape = args.num_ensemble, args.image_size, args.image_size
     mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
-    looked_at = progress(cases.readable(mine), "looking for masks", len(mine), "case", enabled=rank == 0, leave=False)
-    todo = [i for i, case in looked_at if not is_done(case, folder, shape, settings, evaluation)]
+    look = partial(find_masks, cases, folder=folder, num_ensemble=args.num_ensemble, settings=settings,
+                   kept=args.evaluate)
+    todo = []
+    for i, found in progress(cases.readable(mine, look), "looking for masks", len(mine), "case", enabled=rank == 0,
+                             leave=False):
+        if not found:
+            todo.append(i)
+        elif evaluation:
+            whole, masks = found
+            evaluation.add(*whole, masks)
     problems = shared_problems(cases)
     before = len(cases) - len(problems) - sum(dist_util.all_gather_objects(len(todo)))
 
     # no batch is larger than all there is to draw, whatever is already done and however many processes share it
     auto = args.batch_size == "auto"
-    largest = ensembles.largest_batch(dist_util.dev(), args.image_size) if auto else args.batch_size
+    size = (args.image_size,) * 2 if args.fit != "tile" else max(
+        (cases.fitting(i).fitted for i in range(len(cases)) if i not in cases.problems), key=math.prod)
+    largest = ensembles.largest_batch(dist_util.dev(), math.prod(size)) if auto else args.batch_size
     batch_size = min(largest, len(cases) * args.num_ensemble)
     sampler = ensembles.EnsembleSampler(method.to(dist_util.dev()), batch_size=batch_size, seed=args.seed)
     logger.configure(enabled=rank == 0)
@@ -129,7 +166,11 @@ def main() -> None:
     if problems:
         logger.log(f"{len(problems)} more are left out, since their files cannot be read; all are named at the end")
     method.prepare(dtype, args.compile)
-    blank = np.zeros((args.image_channels, args.image_size, args.image_size), np.float32)
+    if args.fit == "tile":
+        method.tile(args.image_size)
+        logger.log(f"scans are drawn by tiles of {args.image_size} pixels, the largest by"
+                   f" {len(tiles(*size, args.image_size))}, each of which takes these network calls")
+    blank = np.zeros((args.image_channels, *size), np.float32)
     if auto:
         sampler.fit_batch_size(blank)
         batch_size = sampler.batch_size
@@ -147,23 +188,32 @@ def main() -> None:
             view.on_step(members, x, x_start)
 
         def begun():
-            for _, case in cases.readable(todo):
+            for i, (case, whole) in cases.readable(todo, lambda i: (cases[i], cases.whole(i))):
+                ways[case.name] = whole, cases.fitting(i)
                 view.begin(case)
                 yield case
 
-        steps = itertools.count(1)
+        steps, ways = itertools.count(1), {}
         for case, samples in sampler.ensembles(begun(), args.num_ensemble, on_step):
             fingerprint = files.fingerprint(case, **settings[0])
+            whole, fitting = ways.pop(case.name)
+            samples = fitting.back(samples)
             masks = to_masks(samples, args.median_blur)
             if evaluation:
-                evaluation.add(*case, masks)
-                write(files.keep_masks, folder, case.name, masks, fingerprint)
+                evaluation.add(*whole, masks)
+                write(files.keep_masks, folder, whole.name, masks, fingerprint)
             else:
-                write(files.write_case, folder, case, samples, masks, fingerprint, method.independent)
-            view.show_case(case, masks)
+                write(files.write_case, folder, whole, samples, masks, fingerprint, method.independent)
+            view.show_case(whole, masks)
         dist_util.at(None)
     view.close()
     problems = shared_problems(cases)
+    if not evaluation:
+        drawn = {i for part in dist_util.all_gather_objects(todo) for i in part}
+        with dist_util.all_ranks_or_none():
+            unplaced = write_volumes(cases, drawn, args, folder)
+        for problem in sum(dist_util.all_gather_objects(unplaced), []):
+            logger.log(problem)
 
     after = len(cases) - len(problems)
     seconds, drawn = time.perf_counter() - start, (after - before) * args.num_ensemble
@@ -172,7 +222,7 @@ def main() -> None:
         logger.log(done)
         evaluation.gather()
     elif after:
-        logger.log(what_is_where(args, folder, done))
+        logger.log(what_is_where(args, folder, done, cases.readers_used))
     with dist_util.all_ranks_or_none():
         if evaluation and rank == 0 and after:
             logger.log(report(evaluation.write(folder), folder))

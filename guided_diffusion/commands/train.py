@@ -23,7 +23,7 @@ from torch import nn
 from .. import checkpoint, dist_util, logger
 from ..data import manifest
 from ..data.augment import parse_kinds
-from ..data.cases import SegmentationCases
+from ..data.cases import SegmentationCases, count_channels
 from ..data.readers.base import refuse_unused
 from ..data.stream import ShuffledCases
 from ..flags import (
@@ -66,11 +66,17 @@ def main() -> None:
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
         check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
+        if args.image_channels == "auto":
+            args.image_channels = given["image_channels"] = count_channels(args.data_dir, options=vars(args))
         refuse_another_run(args, given, stored, folder)
         apply_stored_flags(args, given, stored, storage.folder_of(resume_from) if resume_from else folder)
         init = path_of(args.init) if args.init and not resume_from else ""
         unlike = take_flags(args, given, init) if init else []
         dtype, augment = autocast_dtype(args), parse_kinds(args.augment)
+        if "window" in given and args.fit != "tile":
+            raise InputError(f"--window {args.window}: is for scans larger than --image_size with --fit tile; give"
+                             f" that, too, or leave it away")
+        window = args.window if args.fit == "tile" else None
         torch.manual_seed(args.seed)
         method = create_method(args)
         started = start(method, init, unlike) if init else ""
@@ -102,7 +108,7 @@ def main() -> None:
     logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
 
     validation = make_validation(args, cases, held_out, dtype) if args.sample_interval else None
-    loop = TrainLoop(method.to(dist_util.dev()), ShuffledCases(cases, args.seed, augment),
+    loop = TrainLoop(method.to(dist_util.dev()), ShuffledCases(cases, args.seed, augment, window),
                      Settings.from_flags(args, dtype), [
         RanksWatched(), BadSteps(args.max_bad_steps), *filter(None, [validation]), Best(folder),
         Checkpoints(folder, args.save_interval, args.keep_checkpoints, args.save_patience)])
@@ -136,7 +142,8 @@ def make_validation(args: SimpleNamespace, cases: SegmentationCases, held_out: S
     """The cases to draw while training: some of --val_dir, which are scored, else of the training cases."""
     flags = drawing_flags(args, **METHODS[args.method].quick_flags(args))
     return Validation(held_out or cases, lambda network: create_method(flags, network, training=False), dtype,
-                      args.val_cases if held_out else SHOWN, args.seed, args.sample_interval, scored=bool(held_out))
+                      args.val_cases if held_out else SHOWN, args.seed, args.sample_interval, scored=bool(held_out),
+                      window=args.window if args.fit == "tile" else None)
 
 
 def announce_drawing(validation: Validation, loop: TrainLoop) -> None:

@@ -3,6 +3,9 @@
 Layout: one folder a case, `<data_dir>/.../<case>/image_<n>.jpg label0_.jpg label1_.jpg ...`. A file's kind is the part
 of its name before the first underscore; files that no reader takes are ignored. Several image files of a case are its
 channels, in the order of their names. Any number of raters from 1 up; cases may differ in it.
+
+Where the images are volumes, every slice is a case, <case>_000, <case>_001, ... Volumes and DICOM series in folders
+without such names are cases without labels.
 """
 
 import os
@@ -29,12 +32,16 @@ class CaseFiles(NamedTuple):
     folder: Path
     images: list[Path]  # one, or one a channel
     labels: list[Path]  # one a rater
+    volume: str = ""  # the name of the volume that it is a slice of; "" for a picture
+    slice: int = 0  # its number there
+    series: tuple[Path, ...] = ()  # the files of the volume in order, where each slice is a file of its own
+    problem: str = ""  # why its files cannot be read
 
 
 class CaseContents(NamedTuple):
     """What the files of one case hold, at their own size."""
 
-    image: np.ndarray  # [C, H, W] uint8 or uint16
+    image: np.ndarray  # [C, H, W] uint8 or uint16, with --context first the slice, then those before and after it
     raters: np.ndarray  # [R, H, W] bool, the mask of each rater
     spacing: tuple[float, float] | None  # (row, column) distance of the pixels in mm
     info: dict[str, Any]  # of the first image, see readers.base.Scan
@@ -64,16 +71,16 @@ def find_cases(data_dir: str | os.PathLike, flag: str = "--data_dir", readers: R
             continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths = sorted(folder / name for name in names if not name.startswith("."))
-        files = [path for path in paths if readers.suffix_of(path)]
+        files = [path for path in paths if readers.name_of(path)]
         problems += [f"{path}: is a link to nothing; mend it, or remove it" for path in paths
-                     if not readers.suffix_of(path) and path.is_symlink() and not path.exists()]
-        if folder == root or (subfolders and not files):
+                     if not readers.name_of(path) and path.is_symlink() and not path.exists()]
+        if subfolders and not files:
             continue
-        case = sort_files(case_name(folder, root), folder, files, readers)
-        problems += _wrong_names(case)
-        same = cases.setdefault(unicodedata.normalize("NFC", case.name), case)
-        if same is not case:
-            problems.append(f"{folder}: names the same case as {same.folder}; rename one")
+        for case in cases_of(folder, root, files, readers):
+            problems += _wrong_names(case)
+            same = cases.setdefault(unicodedata.normalize("NFC", case.name), case)
+            if same is not case:
+                problems.append(f"{folder}: names the same case as {same.folder}; rename one")
     raise_problems(problems, data_dir)
     if not cases:
         raise InputError(f"{flag} {data_dir}: holds no case; each case is a folder with an image_<n>.jpg and"
@@ -86,9 +93,40 @@ def case_name(folder: Path, root: Path) -> str:
     return "_".join(folder.relative_to(root).parts)
 
 
+def cases_of(folder: Path, root: Path, files: Iterable[Path], readers: Readers) -> list[CaseFiles]:
+    """The cases that the files of one folder, at or below root, make up.
+
+    :raises InputError: naming a package that is missing.
+    """
+    files = sorted(files)
+    case = sort_files(case_name(folder, root), folder, files, readers)
+    stacks = [] if case.images or case.labels else readers.stacks(files)
+    if not stacks:
+        slices = readers.slices(case.images[0]) if case.images else None
+        return [] if folder == root else slices_of(case, slices)
+    found = []
+    for stack in stacks:
+        parts = [*folder.relative_to(root).parts, *filter(None, [stack.name])] or [folder.resolve().name]
+        case = CaseFiles("_".join(parts), folder, [stack.files[0]], [], series=stack.files[1:] and stack.files,
+                         problem=stack.problem)
+        found += slices_of(case, stack.slices)
+    return found
+
+
+def slices_of(case: CaseFiles, slices: int | None) -> list[CaseFiles]:
+    """The cases that a case is if its images are volumes of so many slices; None for pictures."""
+    if slices is None:
+        return [case]
+    if slices == 1 or case.problem:
+        return [case._replace(volume=case.name)]
+    digits = max(3, len(str(slices - 1)))
+    return [case._replace(name=f"{case.name}_{i:0{digits}}", volume=case.name, slice=i,
+                          images=[case.series[i]] if case.series else case.images) for i in range(slices)]
+
+
 def sort_files(name: str, folder: Path, paths: Iterable[Path], readers: Readers) -> CaseFiles:
     """The images and labels among the files of a case folder, in their order."""
-    kinds = {path: _kind(path, readers) for path in paths if readers.suffix_of(path)}
+    kinds = {path: _kind(path, readers) for path in paths if readers.name_of(path)}
     labels = [path for path, kind in kinds.items() if re.fullmatch(r"label\d+", kind)]
     return CaseFiles(name, folder, sorted(path for path, kind in kinds.items() if kind == "image"),
                      sorted(labels, key=lambda path: (int(kinds[path][5:]), path)))
@@ -113,9 +151,11 @@ def read_case(files: CaseFiles, need_labels: bool = True, readers: Readers | Non
     """
     check_complete(files, need_labels)
     readers = readers or Readers()
-    scans = [readers.read(path) for path in files.images]
+    scans = [readers.read(path, files.slice, files.series) for path in files.images]
     image = _join_channels([scan.pixels for scan in scans], files.images)
+    image = np.concatenate([image, *_neighbours(files, readers, scans[0].info.get("slices", 1))])
     for path, scan in zip(files.images, scans):
+        _check_place(path, scan.info, files.images[0], scans[0].info)
         if scan.spacing != scans[0].spacing:
             raise InputError(f"{path}: its pixels are {_in_mm(scan.spacing)}, but those of the first image of its case,"
                              f" {files.images[0].name}, are {_in_mm(scans[0].spacing)}; give all the same spacing")
@@ -125,12 +165,17 @@ def read_case(files: CaseFiles, need_labels: bool = True, readers: Readers | Non
             raise InputError(f"{second}: is a second {kind} of its case, beside {first.name}; give every"
                              f" rater a number of their own")
     size = image.shape[1:]
-    raters = [_read_label(path, size, files.images[0], readers) for path in files.labels]
-    return CaseContents(image, np.array(raters, masks.DTYPE).reshape(len(raters), *size), *scans[0][1:])
+    raters = [_read_label(path, size, files, readers) for path in files.labels]
+    for path in files.labels:
+        _check_place(path, readers.info(path, files.slice), files.images[0], scans[0].info)
+    return CaseContents(image, np.array(raters, masks.DTYPE).reshape(len(raters), *size), scans[0].spacing,
+                        {**scans[0].info, **({"volume": files.volume} if files.volume else {})})
 
 
 def check_complete(files: CaseFiles, need_labels: bool) -> None:
     """Raise InputError if a case has no image, or no labels though they are needed."""
+    if files.problem:
+        raise InputError(files.problem)
     if not files.images:
         raise InputError(f"{files.folder}: no image (a file called image_<n>.jpg or .png)")
     if not files.labels and need_labels:
@@ -145,6 +190,31 @@ def _in_mm(spacing):
     return f"{spacing[0]:g} x {spacing[1]:g} mm" if spacing else "of unknown distance"
 
 
+def _neighbours(files, readers, slices):
+    """The images [C, H, W] of the slices before and after, as many to each side as --context says, the nearest first;
+    beyond an end the last slice is repeated."""
+    if readers.context and not files.volume:
+        raise InputError(f"{files.images[0]}: is a picture, but --context {readers.context} takes slices of volumes;"
+                         f" leave it away")
+    images = []
+    for distance in range(1, readers.context + 1):
+        for number in (max(files.slice - distance, 0), min(files.slice + distance, slices - 1)):
+            paths = [files.series[number]] if files.series else files.images
+            images += [readers.read(path, number, files.series).pixels for path in paths]
+    return images
+
+
+def _check_place(path, info, image_path, image_info):
+    """Raise InputError if two volumes do not lie on each other."""
+    grids = info.get("grid"), image_info.get("grid")
+    if None not in grids and not np.allclose(*grids, atol=1e-2):
+        raise InputError(f"{path}: lies elsewhere than the first image of its case, {image_path.name}, since their"
+                         f" affines differ; resample it to that image")
+    if image_info.get("slices", 1) != info.get("slices", image_info.get("slices", 1)):
+        raise InputError(f"{path}: has {info['slices']} slices, but the first image of its case, {image_path.name}, has"
+                         f" {image_info['slices']}; give all the same slices")
+
+
 def _join_channels(parts, paths):
     """The pictures [c, H, W] of one case -> one, [C, H, W]."""
     for part, path in zip(parts, paths):
@@ -154,10 +224,10 @@ def _join_channels(parts, paths):
     return np.concatenate(scaling.widen(parts))
 
 
-def _read_label(path, size, image_path, readers):
+def _read_label(path, size, files, readers):
     """[H, W] bool, of the size of its image."""
-    mask = readers.read_mask(path)
+    mask = readers.read_mask(path, files.slice)
     if mask.shape != size:
         raise InputError(f"{path}: is {mask.shape[1]} x {mask.shape[0]} pixels, but its image"
-                         f" {image_path.name} is {size[1]} x {size[0]}")
+                         f" {files.images[0].name} is {size[1]} x {size[0]}")
     return mask

@@ -17,11 +17,12 @@ from ..system.errors import InputError, raise_problems
 from ..system.terminal import progress
 from . import decoded_file, masks, scaling
 from .case_files import check_complete, find_cases, read_case
-from .fitting import FITS, fit_case, fit_spacing
+from .fitting import FITS, Fitting
 from .readers.base import Readers
 
 MEMORY_BYTES = 4 << 30  # decoded data sets up to this size are kept in memory, larger ones in a file beside the data
-_NOTHING = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.uint8)  # in the place of a case that cannot be read
+# in the place of a case that cannot be read
+_NOTHING = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.uint8), (0, 0)
 
 
 class Case(NamedTuple):
@@ -35,7 +36,7 @@ class Case(NamedTuple):
 class Facts(NamedTuple):
     """What else the files of a case say."""
 
-    spacing: tuple[float, float] | None  # (row, column) distance of the pixels of its image and masks in mm
+    spacing: tuple[float, float] | None  # (row, column) distance of the pixels of its image in mm, at its own size
     info: dict[str, Any]  # what must come back out with masks, see readers.base.Scan
 
 
@@ -49,8 +50,7 @@ class SegmentationCases:
     :param data_dir: folder as case_files describes it; case folders may be nested, and are then named by their path.
     :param image_size: side of the images in pixels.
     :param image_channels: channels of the result; a single-channel image is repeated.
-    :param fit: what to do with images of another size: "error", "resize" (to image_size x image_size, whatever the
-        aspect ratio) or "crop" (the central square).
+    :param fit: what to do with images of another size, a name of fitting.FITS. `fitting` and `whole` lead back.
     :param need_labels: False for scans nobody has outlined; cases without labels then have raters [0, H, W].
     :param limit: take the first cases only (0: all).
     :param progress: show how far checking is. Of several processes, the one that writes the file shows it anyhow.
@@ -77,32 +77,53 @@ class SegmentationCases:
             self.cases = self.cases[:limit]
         self.readers_used = self.readers.used(self.cases)
         self.decoded, self.kept = self._decode_all(progress)
+        self.readers.forget()
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(self, i: int) -> Case:
         image, packed = self.compact(i)
-        return Case(self.cases[i].name, scaling.repeat_channel(scaling.to_unit(image), self.image_channels),
-                    masks.unpack(packed, self.image_size, self.image_size))
+        return self._case(i, image, masks.unpack(packed, *image.shape[1:]))
 
-    def readable(self, numbers: Iterable[int]) -> Iterator[tuple[int, Case]]:
-        """Yields (number, Case) of these; those that cannot be read, or not any more, join `problems` instead."""
+    def _case(self, i, image, raters):
+        return Case(self.cases[i].name, scaling.repeat_channel(scaling.to_unit(image), self.image_channels), raters)
+
+    def fitting(self, i: int) -> Fitting:
+        """The way of case i to the size of the model, and of its masks back. :raises InputError: as `compact`."""
+        return Fitting(self._record(i)[2], self.image_size, self.fit)
+
+    def whole(self, i: int) -> Case:
+        """Case i at its own size. It is read again if that is not the model's.
+
+        :raises InputError: naming the file, if it cannot be read any more.
+        """
+        if not self.fitting(i).changes:
+            return self[i]
+        contents = read_case(self.cases[i], need_labels=False, readers=self.readers)
+        return self._case(i, contents.image, contents.raters)
+
+    def readable(self, numbers: Iterable[int], read: Callable[[int], Any] | None = None) -> Iterator[tuple[int, Any]]:
+        """Yields (number, read(number)) of these; those that cannot be read, or not any more, join `problems` instead.
+
+        :param read: by default returns the Case.
+        """
         for i in numbers:
             try:
-                case = self[i]
+                result = self[i] if read is None else read(i)
             except InputError as error:
                 self.problems[i] = str(error)
             else:
-                yield i, case
+                yield i, result
 
     def facts(self, i: int) -> Facts:
         """What the files of case i say beside its pixels, from its first image, which is read again.
 
         :raises InputError: naming the file, if it cannot be read any more.
         """
-        scan = self.readers.read(self.cases[i].images[0])
-        return Facts(fit_spacing(scan.spacing, scan.pixels.shape[1:], self.image_size, self.fit), scan.info)
+        files = self.cases[i]
+        scan = self.readers.read(files.images[0], files.slice, files.series)
+        return Facts(scan.spacing, {**scan.info, **({"volume": files.volume} if files.volume else {})})
 
     def compact(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Case i as it is kept: image [c, S, S] uint8 or uint16, c 1 or image_channels, and packed masks of its raters,
@@ -110,14 +131,18 @@ class SegmentationCases:
 
         :raises InputError: if it is one of the `problems`.
         """
+        return self._record(i)[:2]
+
+    def _record(self, i):
+        """A record of decoded_file."""
         check_complete(self.cases[i], self.need_labels)
-        image, packed = _NOTHING if self.decoded is None else self.decoded[i]
-        return (image, packed) if len(image) else self._decode(self.cases[i])
+        record = _NOTHING if self.decoded is None else self.decoded[i]
+        return record if len(record[0]) else self._decode(self.cases[i])
 
     def _decode_all(self, shows):
         """Check every case; returns the decoded ones, None if they are not kept, and words for where they are."""
         sample = [self._attempt(files) for files in self.cases[::-(-len(self.cases) // 8)]]
-        largest = max((sum(part.nbytes for part in case) for case in sample if not isinstance(case, str)), default=0)
+        largest = max((case[0].nbytes + case[1].nbytes for case in sample if not isinstance(case, str)), default=0)
         everything = range(len(self.cases))
         if largest * len(self.cases) <= MEMORY_BYTES:
             return list(self._checked(everything, shows)), "in memory"
@@ -139,6 +164,8 @@ class SegmentationCases:
     def _key(self):
         """A hash of everything that the decoded cases follow from: names, sizes and times of the files, settings."""
         options = {name: self.readers.options[name] for name in sorted(self.readers_used)}
+        if settings := self.readers.settings():
+            options[""] = settings
         digest = hashlib.sha256(repr((self.image_channels, options)).encode())
         for files in self.cases:
             for path in (*files.images, *files.labels):
@@ -153,11 +180,15 @@ class SegmentationCases:
     def _decoded_file(self, path, key):
         """The DecodedFile of that key; the cases that it lacks are tried again."""
         decoded = decoded_file.DecodedFile(path, key)
-        sizes = {(0, 0, 0), *((c, self.image_size, self.image_size) for c in (1, self.image_channels))}
-        if len(decoded) != len(self.cases) or not {image.shape for image, _ in decoded} <= sizes:
+        if len(decoded) != len(self.cases) or not all(map(self._fits, decoded)):
             raise OSError(f"{path}: is of other cases")
-        deque(self._checked([i for i, (image, _) in enumerate(decoded) if not len(image)]), 0)
+        deque(self._checked([i for i, (image, *_) in enumerate(decoded) if not len(image)]), 0)
         return decoded
+
+    def _fits(self, record):
+        image, _, size = record
+        return not image.size or (len(image) in (1, self.image_channels) and
+                                  image.shape[1:] == Fitting(size, self.image_size, self.fit).fitted)
 
     def _checked(self, numbers, shows=False, doing=None):
         """Decode these cases on several threads and yield them, _NOTHING where one is wrong; all `problems` are raised
@@ -190,13 +221,29 @@ class SegmentationCases:
         image, raters, *_ = read_case(files, need_labels=False, readers=self.readers)
         if len(image) not in (1, self.image_channels):
             raise InputError(f"{files.images[0]}: {len(image)} channels in the image(s) of this case, but"
-                             f" --image_channels is {self.image_channels}")
-        if image.shape[1:] != (self.image_size, self.image_size):
-            if self.fit == "error":
-                raise InputError(f"{files.images[0]}: is {image.shape[2]} x {image.shape[1]} pixels, but --image_size"
-                                 f" is {self.image_size}; give --fit resize or --fit crop, or another --image_size")
-            image, raters = fit_case(image, raters, self.image_size, self.fit, files.images[0])
-        return image, masks.pack(raters)
+                             f" --image_channels is {self.image_channels}; train with --image_channels auto")
+        fitting = Fitting(image.shape[1:], self.image_size, self.fit)
+        fitting.check(files.images[0])
+        image, raters = fitting.there(image, raters)
+        return image, masks.pack(raters), fitting.size
+
+
+def count_channels(data_dir: str | os.PathLike, flag: str = "--data_dir", options: Mapping[str, Any] | None = None
+                   ) -> int:
+    """How many channels the images of a folder have, what --image_channels auto means: the most among eight cases.
+
+    :raises InputError: if none of them can be read.
+    """
+    readers = Readers(options)
+    cases, counts, problems = find_cases(data_dir, flag, readers), [], []
+    for files in cases[::-(-len(cases) // 8)]:
+        try:
+            counts.append(len(read_case(files, need_labels=False, readers=readers).image))
+        except InputError as error:
+            problems.append(str(error))
+    if not counts:
+        raise_problems(problems, data_dir)
+    return max(counts)
 
 
 def digest_of(names: Iterable[str]) -> str:

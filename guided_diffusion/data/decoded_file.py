@@ -16,14 +16,15 @@ import numpy as np
 from ..system import storage
 from .masks import packed_size
 
-_MAGIC = b"DECODED1"
+_MAGIC = b"DECODED2"
 _TAIL = struct.Struct("<Q8s")
 
-Record = tuple[np.ndarray, np.ndarray]  # image [C, S, S] uint8 or uint16, masks [R, bytes] uint8
+# image [C, h, w] uint8 or uint16, masks [R, bytes] uint8, and the size (H, W) of the scan before it was fitted
+Record = tuple[np.ndarray, np.ndarray, tuple[int, int]]
 
 
 class DecodedFile:
-    """Records (image [C, S, S] uint8 or uint16, masks [R, bytes] uint8), as read-only views of the file.
+    """Records, their arrays as read-only views of the file.
 
     :param key: what the records were made from, as a string.
     :raises OSError: if there is no such file, or it is of another key.
@@ -43,7 +44,8 @@ class DecodedFile:
         try:
             index = json.loads(text)
             found = index["key"]
-            self.records = np.array(index["records"]).reshape(-1, 6)  # offset, bytes a value, C, S, R, bytes a mask
+            # offset, bytes a value, C, h, w, R, bytes a mask, H, W
+            self.records = np.array(index["records"]).reshape(-1, 9)
             self._check(size)
         except (ValueError, LookupError, TypeError, RecursionError):
             raise OSError(f"{path}: its index cannot be read") from None
@@ -55,20 +57,20 @@ class DecodedFile:
         """Raise ValueError unless every record lies in the file, as its numbers say."""
         if self.records.size and self.records.dtype.kind != "i" or (self.records < 0).any():
             raise ValueError
-        offset, itemsize, channels, side, raters, row = self.records.astype(float).T  # without overflow
-        ends = offset + channels * side ** 2 * itemsize + raters * row
-        if not np.isin(itemsize, (1, 2)).all() or (ends > size).any() or (row != packed_size(side, side)).any():
+        offset, itemsize, channels, height, width, raters, row, *_ = self.records.astype(float).T  # without overflow
+        ends = offset + channels * height * width * itemsize + raters * row
+        if not np.isin(itemsize, (1, 2)).all() or (ends > size).any() or (row != packed_size(height, width)).any():
             raise ValueError
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> Record:
-        offset, itemsize, channels, side, raters, row = self.records[i].tolist()
-        middle = offset + channels * side * side * itemsize
+        offset, itemsize, channels, height, width, raters, row, *size = self.records[i].tolist()
+        middle = offset + channels * height * width * itemsize
         image = self.bytes[offset:middle].view(np.uint8 if itemsize == 1 else np.uint16)
-        return (image.reshape(channels, side, side),
-                self.bytes[middle:middle + raters * row].reshape(raters, row))
+        return (image.reshape(channels, height, width),
+                self.bytes[middle:middle + raters * row].reshape(raters, row), tuple(size))
 
 
 def write(path: str | Path, key: str, records: Iterable[Record]) -> None:
@@ -78,8 +80,8 @@ def write(path: str | Path, key: str, records: Iterable[Record]) -> None:
     part.unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
         with open(part, "wb") as file:
-            for image, masks in records:
-                index.append((offset, image.itemsize, len(image), image.shape[1], *masks.shape))
+            for image, masks, size in records:
+                index.append((offset, image.itemsize, *image.shape, *masks.shape, *size))
                 offset += file.write(image.tobytes()) + file.write(masks.tobytes())
                 offset += file.write(bytes(offset % 2))  # 16-bit images start at even places
             text = json.dumps({"key": key, "records": index}).encode()

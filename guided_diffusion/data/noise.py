@@ -24,6 +24,11 @@ def place_generator(seed: int, place: int) -> np.random.Generator:
     return np.random.default_rng([seed, 2, place])
 
 
+def window_generator(seed: int, place: int) -> np.random.Generator:
+    """What the place of a window in the scan of the example at this place is drawn from."""
+    return np.random.default_rng([seed, 3, place])
+
+
 def step_noise(seed: int, places: Sequence[int], like: torch.Tensor) -> tuple[list[float], torch.Tensor]:
     """What picks the timesteps of the examples at these places, and their Gaussian noise.
 

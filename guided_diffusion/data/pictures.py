@@ -21,18 +21,19 @@ MAX_PIXELS = 1 << 26  # of one picture, 8192 x 8192; what claims to hold more is
 MAX_BYTES = 1 << 28  # of one file
 
 # how files begin that people take for images
-_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF8": "GIF",
-               b"BM": "BMP", b"RIFF": "WEBP", b"8BPS": "Photoshop", b"%PDF": "PDF", b"%!PS": "PostScript",
-               b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", b"\x93NUMPY": "NumPy", b"PK": "ZIP",
-               b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5"}
+_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "TIFF", b"MM\0*": "TIFF",
+               b"II+\0": "TIFF", b"MM\0+": "TIFF", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WEBP", b"8BPS": "Photoshop",
+               b"%PDF": "PDF", b"%!PS": "PostScript", b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000",
+               b"\x93NUMPY": "NumPy", b"PK": "ZIP", b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5"}
 _TURNED = re.compile(rb"\x01\x12\0\x03\0{3}\x01\0[\x02-\x08]|\x12\x01\x03\0\x01\0{3}[\x02-\x08]\0")  # in EXIF data
 warnings.filterwarnings("ignore", module=r"PIL\.")  # pictures it warns of are refused or read all the same
 
 
-def decode(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> np.ndarray:
+def decode(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG"), any_number: bool = False) -> np.ndarray:
     """One picture as an array: [H, W] or [H, W, 3], uint8 or uint16. For transparency see _without_alpha.
 
     :param formats: those that are read, whatever the file is called.
+    :param any_number: read pictures of int32 and float32, too.
     :raises InputError: naming the file, for anything but a whole, upright picture in one of them.
     """
     data = _read_bytes(path)
@@ -49,6 +50,9 @@ def decode(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> np.ndarray
                 raise Image.DecompressionBombError
             if getattr(picture, "n_frames", 1) > 1:
                 raise InputError(f"{path}: holds {picture.n_frames} pictures; save the one that is meant by itself")
+            if found == "TIFF" and max(bits := picture.tag_v2.get(258, (1,))) > 8 and len(bits) > 1:
+                raise InputError(f"{path}: is a colour picture of {max(bits)} bits; save it with 8 bits, or as one grey"
+                                 f" picture a channel")
             picture.load()
             if _TURNED.search(picture.info.get("exif", b"")):
                 raise InputError(f"{path}: is stored turned or mirrored (EXIF orientation), so that scan and labels may"
@@ -62,8 +66,9 @@ def decode(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> np.ndarray
     except Exception as error:  # Pillow raises almost anything on a damaged file
         reason = "damaged" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{path}: cannot be read ({reason}); replace it or remove its case") from None
-    if pixels.dtype.kind == "f":
-        raise InputError(f"{path}: holds floating-point numbers; write it with 8 or 16 bits")
+    if pixels.dtype.kind in "if" and not any_number:
+        kind = "floating-point numbers" if pixels.dtype.kind == "f" else "numbers of more than 16 bits"
+        raise InputError(f"{path}: holds {kind}; write it with 8 or 16 bits")
     return pixels
 
 
@@ -116,14 +121,16 @@ def channels_first(pixels: np.ndarray) -> np.ndarray:
 
 
 def pixels_of(picture: Image.Image, name: str | Path) -> np.ndarray:
-    """A Pillow picture as an array: [H, W] or [H, W, 3], uint8, uint16, or float32 for one of floating-point numbers.
+    """A Pillow picture as an array: [H, W] or [H, W, 3], uint8, uint16, int32 for one of numbers that are not of 16
+    bits, or float32 for one of floating-point numbers.
 
     For transparency see _without_alpha; `name` is what messages call the picture.
     """
     if picture.mode == "F":
         return np.asarray(picture)
     if picture.mode.startswith("I"):  # 16-bit grey; Pillow holds some of it in 32 bits
-        return np.asarray(picture).clip(0, 65535).astype(np.uint16)
+        pixels = np.asarray(picture)
+        return pixels.astype(np.uint16 if pixels.min() >= 0 and pixels.max() <= 65535 else np.int32)
     grey = picture.mode in ("1", "L", "LA")
     if not picture.has_transparency_data:
         return np.asarray(picture.convert("L" if grey else "RGB"))

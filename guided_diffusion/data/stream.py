@@ -11,6 +11,7 @@ from . import masks, scaling
 from .augment import augmented
 from .cases import SegmentationCases, digest_of, read_ahead
 from .noise import draw_rater
+from .windows import window
 
 
 class Batch(NamedTuple):
@@ -36,10 +37,12 @@ class ShuffledCases:
     stopped.
 
     :param augment: names of augment.AUGMENTATIONS; how an example is changed follows from (seed, position) alone.
+    :param window: a name of windows.WINDOWS, for scans that are larger than image_size; None for none.
     """
 
-    def __init__(self, cases: SegmentationCases, seed: int = 0, augment: Sequence[str] = ()):
-        self.cases, self.seed, self.augment = cases, seed, augment
+    def __init__(self, cases: SegmentationCases, seed: int = 0, augment: Sequence[str] = (),
+                 window: str | None = None):
+        self.cases, self.seed, self.augment, self.window = cases, seed, augment, window
         self._shuffled = None, None  # an epoch and its order
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +50,8 @@ class ShuffledCases:
         stream."""
         image, packed = self.cases.compact(self._number(position))
         raters = masks.unpack(packed, *image.shape[1:])
+        if self.window:
+            image, raters = window(image, raters, self.cases.image_size, self.window, self.seed, position)
         return augmented(image, raters, self.augment, self.seed, position) if self.augment else (image, raters)
 
     def digest(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..data.cases import Case
 from ..data.stream import Batch
 from ..networks.base import Encoded
+from ..networks.tiles import Tiled
 from ..system.errors import InputError
 
 Row = tuple[int, str, int]  # a member to draw: which of the encoded scans, the name of its case, its number
@@ -128,6 +129,15 @@ class Method(nn.Module, abc.ABC):
     @abc.abstractmethod
     def prepare(self, dtype: torch.dtype | None = None, compile: bool = False) -> "Method":
         """Make ready to draw, in this dtype (None: that of the weights), compiled if asked to; returns the method."""
+
+    def tile(self, side: int) -> None:
+        """From now on draw scans that are larger than this side by tiles of it, see networks.tiles.
+
+        Overwrite it where `model` is not itself a network that is called as denoisers are.
+
+        :raises InputError: if it cannot.
+        """
+        self.model = Tiled(self.model, side)
 
     @property
     @abc.abstractmethod

@@ -27,6 +27,7 @@ from ..dist_util import dev, device_of
 from ..energy_score import energy_score
 from ..networks import NETWORKS
 from ..networks.base import Encoded, freeze
+from ..networks.tiles import blend, cut, tiles
 from ..nn import compile_network
 from ..system.errors import InputError
 from ..system.flag import Flag
@@ -140,7 +141,7 @@ class EnergyMethod(Method):
     def __init__(self, model: MaskGenerator, draws: int = 8, dummy: float = 2.0, spread: bool = True):
         super().__init__()
         self.model, self.draws, self.dummy = freeze(model), draws, dummy
-        self.independent = not spread
+        self.independent, self.side = not spread, 0
 
     @classmethod
     def from_flags(cls, flags: SimpleNamespace, model: nn.Module | None = None, training: bool = True
@@ -210,6 +211,14 @@ class EnergyMethod(Method):
             compile_network(self.model, dev())
         return self
 
+    def tile(self, side: int) -> None:
+        """Logits are blended, of a pixel and of an empty mask: each tile has its own, so that a mask may be empty in a
+        part of a scan. Noise and latent are the same for all."""
+        if self.model.field_of_view:
+            raise InputError(f"--fit tile: the model sees the central {self.model.field_of_view} pixels of a side alone"
+                             f" (--field_of_view), so it cannot draw others; give --fit crop")
+        self.side = side
+
     @torch.no_grad()
     def calibrate(self, cases: Iterable[Case]) -> str:
         """Temperature scaling (Guo et al. 2017) of the probability of an empty mask, of which training makes a network
@@ -229,21 +238,39 @@ class EnergyMethod(Method):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Encoded:
         with self.precision(images.device):
+            if self.side:
+                return images[:, 0], [self.model(part) for part in cut(images, self.side)]
             return images[:, 0], *self.model(images)  # the first: how large a mask is
 
     @torch.no_grad()
     def draw(self, encoded: Encoded, rows: Sequence[Row], seed: int,
              on_step: Callable[[Tensor, Tensor], None] = lambda *_: None) -> Tensor:
-        like, features, summary, empty = select(encoded, [scan for scan, _, _ in rows])
+        like, *parts = select(encoded, [scan for scan, _, _ in rows])
         members = [(case, member) for _, case, member in rows]
-        height, width = (side * BLOCK for side in features.shape[2:])
-        normal = MemberNoise(seed, members)(empty.new_empty(len(rows), 1 + self._noise_numbers(height, width)))
+        height, width = self.model.seen(like).shape[1:]
+        normal = MemberNoise(seed, members)(like.new_empty(len(rows), 1 + self._noise_numbers(height, width)))
         if not self.independent:
             normal[:, :1 + self.model.head.latent] = spread_noise(seed, members, 1 + self.model.head.latent)
-        with self.precision(features.device):
-            logits = self.model.head.draw(features, summary, *self._noise(normal[:, 1:], height, width))
-        nothing = torch.special.ndtr(normal[:, 0].double()) < empty.double().sigmoid()
+        with self.precision(like.device):
+            noise = self._noise(normal[:, 1:], height, width)
+            logits, empty = self._blended(parts[0], *noise) if self.side else self._logits(*parts, *noise)
+        nothing = torch.special.ndtr(normal[:, :1, None].double()) < empty.double().sigmoid()  # [N, 1 or H, 1 or W]
         samples = torch.zeros_like(like)
-        self.model.seen(samples).copy_(logits.sigmoid() * ~nothing[:, None, None])
+        self.model.seen(samples).copy_(logits.sigmoid() * ~nothing)
         on_step(samples[:, None], samples[:, None])
         return samples.cpu()
+
+    def _logits(self, features, summary, empty, latent, noise):
+        """Logits of the pixels [N, H, W], and of an empty mask [N, 1, 1]."""
+        return self.model.head.draw(features, summary, latent, noise), empty[:, None, None]
+
+    def _blended(self, parts, latent, noise):
+        """The same of tiles, both [N, H, W]."""
+        height, width = (side * BLOCK for side in noise.shape[2:])
+
+        def drawn():
+            for part, place in zip(parts, tiles(height, width, self.side)):
+                there = (slice(axis.start // BLOCK, axis.stop // BLOCK) for axis in place)
+                yield torch.stack(torch.broadcast_tensors(*self._logits(*part, latent, noise[:, :, *there])), 1)
+
+        return blend(drawn(), height, width, self.side).unbind(1)

@@ -6,6 +6,7 @@ A U-Net sees the scan once. A vector z, drawn from a Gaussian that the scan deci
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ..data.noise import MemberNoise, step_noise
 from ..data.stream import Batch, chosen_masks
 from ..networks import NETWORKS
 from ..networks.base import freeze
+from ..networks.tiles import blend, cut
 from ..nn import compile_network
 from ..system.errors import InputError
 from ..system.flag import Flag, parse_filters
@@ -83,7 +85,7 @@ class ProbUNet(Method):
 
     def __init__(self, model: FeaturesAndLatent, posterior: AxisAlignedConvGaussian | None = None, beta: float = 10.0):
         super().__init__()
-        self.model, self.posterior, self.beta = freeze(model), posterior, beta
+        self.model, self.posterior, self.beta, self.side = freeze(model), posterior, beta, 0
         self.to(memory_format=torch.channels_last)  # convolutions at full resolution are faster so, on CPUs too
 
     @classmethod
@@ -138,21 +140,32 @@ class ProbUNet(Method):
             compile_network(self.model.unet, dist_util.dev())
         return self
 
+    def tile(self, side: int) -> None:
+        """Logits are blended. z has the same noise in all tiles of a mask."""
+        self.side = side
+
     @torch.no_grad()
-    def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """features [S, features, H, W], and mean and std [S, latent_dim] of the prior."""
+    def encode(self, images: Tensor) -> dict[str, Any]:
+        """features [S, features, H, W], and mean and std [S, latent_dim] of the prior; or those of each tile, and what
+        a mask is like."""
+        if self.side:
+            return {"like": images[:, :1], "tiles": [self._encode(part) for part in cut(images, self.side)]}
+        return self._encode(images)
+
+    def _encode(self, images):
         with self.precision(images.device):
             prior = self.model.prior(images)
             return {"features": self.model.features(images), "mean": prior.mean, "std": prior.stddev}
 
     @torch.no_grad()
-    def draw(self, encoded: dict[str, Tensor], rows: Sequence[Row], seed: int,
+    def draw(self, encoded: dict[str, Any], rows: Sequence[Row], seed: int,
              on_step: Callable[[Tensor, Tensor], None] = lambda *_: None) -> Tensor:
         """The probability that a pixel is marked, given z; cut at 0.5 it is the most likely mask, as published."""
-        features, mean, std = (select(encoded[name], [scan for scan, _, _ in rows])
-                               for name in ("features", "mean", "std"))
-        z = mean + std * MemberNoise(seed, [(case, member) for _, case, member in rows])(mean)
-        with self.precision(mean.device):
-            samples = self.model.logits(features, z).sigmoid()
+        encoded = select(encoded, [scan for scan, _, _ in rows])
+        parts = encoded["tiles"] if self.side else [encoded]
+        noise = MemberNoise(seed, [(case, member) for _, case, member in rows])(parts[0]["mean"])
+        with self.precision(noise.device):
+            logits = (self.model.logits(part["features"], part["mean"] + part["std"] * noise) for part in parts)
+            samples = (blend(logits, *encoded["like"].shape[2:], self.side) if self.side else next(logits)).sigmoid()
         on_step(samples, samples)
         return samples[:, 0].cpu()

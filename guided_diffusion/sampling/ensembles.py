@@ -13,9 +13,10 @@ from ..methods.base import Encoded, Method, join
 from ..system.errors import InputError
 
 
-def largest_batch(device: torch.device, image_size: int) -> int:
-    """The most masks that pay to be drawn at once, if the memory holds them: on a CPU, those that its caches hold."""
-    return max(1, 2 ** 16 // image_size ** 2) if device.type == "cpu" else 256
+def largest_batch(device: torch.device, pixels: int) -> int:
+    """The most masks of so many pixels that pay to be drawn at once, if the memory holds them: on a CPU, those that its
+    caches hold."""
+    return max(1, 2 ** 16 // pixels) if device.type == "cpu" else 256
 
 
 class OutOfMemory(InputError, torch.OutOfMemoryError):
@@ -83,7 +84,7 @@ class EnsembleSampler:
     def ensembles(self, cases: Iterable[Case], num_ensemble: int, on_step: Callable = lambda *_: None
                   ) -> Iterator[tuple[Case, np.ndarray]]:
         """Draw num_ensemble members for each Case of an iterable; yields (case, samples [n, H, W] float32 array)
-        in the same order, each as soon as it is whole. Batches run across cases. on_step as in `draw`."""
+        in the same order, each as soon as it is whole. Batches run across cases of one size. on_step as in `draw`."""
         waiting = []  # cases begun, each with the samples it has so far
 
         def jobs():
@@ -94,8 +95,10 @@ class EnsembleSampler:
                     yield waiting[-1], scan, i
 
         jobs = jobs()
-        batch = list(itertools.islice(jobs, self.batch_size))
-        while batch:
+        while batch := list(itertools.islice(jobs, self.batch_size)):
+            _, same = next(itertools.groupby(batch, key=lambda job: job[0][0].image.shape))
+            same = list(same)
+            jobs, batch = itertools.chain(batch[len(same):], jobs), same
             try:
                 drawn = self.draw([scan for _, scan, _ in batch], [(case.name, i) for (case, _), _, i in batch],
                                   on_step)
@@ -108,4 +111,3 @@ class EnsembleSampler:
             while waiting and len(waiting[0][1]) == num_ensemble:
                 case, samples = waiting.pop(0)
                 yield case, np.stack(samples)
-            batch = list(itertools.islice(jobs, self.batch_size))

@@ -15,15 +15,16 @@ from torch import nn
 
 from .. import checkpoint, pretrained, script_util
 from ..data import masks, pictures, scaling
-from ..data.case_files import CaseContents, CaseFiles, case_name, read_case, sort_files
+from ..data.case_files import CaseContents, CaseFiles, cases_of, read_case, slices_of
 from ..data.cases import Case
-from ..data.fitting import fit_case, fit_spacing
+from ..data.fitting import Fitting, fits_between
 from ..data.masks import to_masks
 from ..data.readers.base import Readers, refuse_unused
 from ..flags import FLAGS, apply_stored_flags, defaults, settle
 from ..system import packages, storage
 from ..system.errors import InputError
 from ..system.flag import check_value
+from . import volumes
 from .ensembles import EnsembleSampler, largest_batch
 from .files import write_case
 
@@ -36,7 +37,7 @@ class Ensemble:
     """Plausible masks of one scan. Where an array is expected it is that of its masks; len() and [i] are theirs, too.
 
     name     of the case; files are called by it
-    image    [C, H, W] float32 in [0, 1], as the model saw it
+    image    [C, H, W] float32 in [0, 1], at the scan's own size, which masks have, too
     raters   [R, H, W] bool, the labels of a case folder; R = 0 without any
     samples  [n, H, W] float32, before the threshold at 0.5
     masks    [n, H, W] bool
@@ -90,14 +91,17 @@ class Ensemble:
         return tuple(np.quantile(areas, [(1 - level) / 2, 0.5, (1 + level) / 2]).tolist())
 
     def save(self, folder: storage.AnyPath, name: str | None = None) -> None:
-        """Write the files of segmentation_sample.py, see files.write_case, into a folder, which is made.
+        """Write the files of segmentation_sample.py, see files.write_case, into a folder, which is made; for a NIfTI or
+        DICOM scan of one slice also those of volumes.write_volume. Slices of a volume: see volumes.save_volumes.
 
         :param name: of the files, <name>_output0.png, ... (default: that of the ensemble).
         :raises InputError: if they cannot be written.
         """
         storage.make_folder(folder, "folder")
-        write_case(folder, Case(name or self.name, self.image, self.raters), self.samples, self.masks,
-                   independent=self.independent)
+        name = name or self.name
+        write_case(folder, Case(name, self.image, self.raters), self.samples, self.masks, independent=self.independent)
+        if self.info.get("format") in volumes.FORMATS and self.info["slices"] == 1:
+            volumes.write_volume(folder, name, [(self.info, self.masks)])
 
 
 class Segmenter:
@@ -170,7 +174,8 @@ class Segmenter:
 
         :param image: an array or tensor [H, W] or [C, H, W], uint8 or uint16 spanning their range, or floats in
             [0, 1]; a PIL image; the path of a PNG or JPEG file, or one of another reader; or that of a case folder,
-            with its labels if any.
+            with its labels if any, or of a DICOM series. A volume or series gives a list, an Ensemble a slice.
+            With --normalise other than full, arrays may hold any numbers.
             H = W = the model's image_size, C is its number of channels, or 1, which is repeated.
         :param steps: of the sampler (default: as many as script_util.BEST says, or all for another sampler).
         :param seed: the same seed gives the same masks: member i follows from (seed, name, i) and the scan.
@@ -182,7 +187,8 @@ class Segmenter:
             their path below it, as segmentation_sample.py calls them, and by their last folder without it.
         :param sampler: best, or another that segmentation_sample.py has.
         :param fit: what to do with scans of another size: "error"; "resize", whatever the aspect ratio (floats with 16
-            bits); "crop", the central square. Masks are of what the model saw.
+            bits); "crop", the central square; "pad", a smaller scan's edge repeated; "tile", a larger scan by
+            overlapping tiles. Masks come back in the scan's own size and place, see data.fitting.
         :param spacing: (row, column) distance of the scan's pixels in mm, or one such pair a scan (default: what its
             file says, if it does).
         :param options: flags of the readers of the files, by name.
@@ -196,23 +202,29 @@ class Segmenter:
         names = [None] * len(scans) if names is None else names
         if isinstance(names, str) or len(names) != len(scans):
             raise ValueError(f"name is {names!r}, but must be a list of {len(scans)} names, one for each image")
-        readers = Readers(options)
-        read = [_read(*scan, data_dir, readers) for scan in zip(scans, names, labels)]
+        readers = Readers({**(options or {}), "normalise": args.normalise, "context": args.context})
+        each = [_read(*scan, data_dir, readers) for scan in zip(scans, names, labels)]
+        labels = [label for label, slices in zip(labels, each) for _ in slices]
+        many, read = many or len(labels) > 1, sum(each, [])
         cases = [Case(name, contents.image, contents.raters) for name, contents, _ in read]
         refuse_unused(options or {}, readers.used(files for *_, files in read if files), "the images")
         twice = [case for case, count in collections.Counter(case.name for case in cases).items() if case and count > 1]
         if twice:
             raise ValueError(f"two images are called {twice[0]}; give each a name of its own, name=[...]")
-        spacings = self._spacings(spacing, [contents for _, contents, _ in read], fit)
-        cases = [self._prepare(case, case.name or label, fit) for case, label in zip(cases, labels)]
+        spacings = self._spacings(spacing, [contents for _, contents, _ in read])
+        prepared = [self._prepare(case, case.name or label, fit) for case, label in zip(cases, labels)]
+        drawn_from, cases, ways = zip(*prepared) if prepared else ((), (), ())
 
         method = script_util.create_method(args, self.model, training=False).prepare(self.dtype)
-        largest = largest_batch(self.device, args.image_size) if batch_size == "auto" else int(batch_size)
+        if fit == "tile":
+            method.tile(args.image_size)
+        pixels = max((math.prod(way.fitted) for way in ways), default=1)
+        largest = largest_batch(self.device, pixels) if batch_size == "auto" else int(batch_size)
         sampler = EnsembleSampler(method, batch_size=min(largest, max(1, len(cases)) * num_ensemble), seed=args.seed)
-        ensembles = [Ensemble(case._replace(name=case.name or label), samples, spacing, contents.info,
+        ensembles = [Ensemble(case._replace(name=case.name or label), way.back(samples), spacing, contents.info,
                               method.independent)
-                     for label, spacing, (_, contents, _), (case, samples) in
-                     zip(labels, spacings, read, sampler.ensembles(cases, num_ensemble))]
+                     for label, case, way, spacing, (_, contents, _), (_, samples) in
+                     zip(labels, cases, ways, spacings, read, sampler.ensembles(drawn_from, num_ensemble))]
         return ensembles if many else ensembles[0]
 
     def _settings(self, **given):
@@ -224,21 +236,25 @@ class Segmenter:
         return script_util.drawing_flags(SimpleNamespace(**self.flags), **given)
 
     def _prepare(self, case, what, fit):
-        """The Case as the model takes it, its image [C, S, S] float32 in [0, 1]; ValueError if it cannot."""
+        """The Case as the model takes it, its image [C, S, S] float32 in [0, 1]; at its own size; and its Fitting.
+        ValueError if there is none."""
         side, channels = self.flags["image_size"], self.flags["image_channels"]
         image, raters = case.image, case.raters
         if len(image) not in (1, channels):
             remedy = "image[..., 0], or image.transpose(2, 0, 1)" if image.shape[2] in (1, 3, 4) else "image[0]"
             raise ValueError(f"{what} is {list(image.shape)}, but the model takes [{side}, {side}] or"
                              f" [{channels}, {side}, {side}], channels first; give it as grey, as in {remedy}")
-        if image.shape[1:] != (side, side):
-            if fit == "error":
-                raise ValueError(f"{what} has {image.shape[1]} rows and {image.shape[2]} columns, but the model takes"
-                                 f' {side} of each; give fit="resize" or fit="crop"')
-            image, raters = fit_case(scaling.to_16_bits(image) if fit == "resize" else image, raters, side, fit, what)
-        return Case(case.name, scaling.repeat_channel(scaling.to_unit(image), channels), raters)
+        way = Fitting(image.shape[1:], side, fit)
+        if fit == "error" and way.changes:
+            values = " or ".join(f'fit="{name}"' for name in fits_between(way.size, side))
+            raise ValueError(f"{what} has {image.shape[1]} rows and {image.shape[2]} columns, but the model takes"
+                             f" {side} of each; give {values}")
+        way.check(what)
+        fitted = way.there(scaling.to_16_bits(image) if fit == "resize" and way.changes else image, raters)
+        return *(Case(case.name, scaling.repeat_channel(scaling.to_unit(pixels), channels), outlines)
+                 for pixels, outlines in (fitted, (image, raters))), way
 
-    def _spacings(self, spacing, scans, fit):
+    def _spacings(self, spacing, scans):
         """(row, column) distance of the masks' pixels, for each of these CaseContents; None where it is unknown."""
         pairs = [contents.spacing for contents in scans]
         if spacing is not None:
@@ -246,18 +262,18 @@ class Segmenter:
             if given.shape not in ((2,), (len(scans), 2)) or not ((given > 0) & (given < np.inf)).all():
                 raise ValueError(f"spacing is {spacing}, but must be (row, column) in mm, or one such pair an image")
             pairs = np.broadcast_to(given, (len(scans), 2)).tolist()
-        return [pair and tuple(fit_spacing(pair, contents.image.shape[1:], self.flags["image_size"], fit))
-                for pair, contents in zip(pairs, scans)]
+        return [pair and tuple(pair) for pair in pairs]
 
 
 # ---- scans of any kind ----
 
 def _read(source, name, label, data_dir, readers):
-    """A scan -> its name, "" for none; its CaseContents, the image as it is, uint8, uint16 or float32 in [0, 1]; the
-    CaseFiles that it comes from, None for none. `label` is for messages."""
+    """A scan -> a list, one of each slice of a volume: its name, "" for none; its CaseContents, the image as it is,
+    uint8, uint16 or float32 in [0, 1]; the CaseFiles that it comes from, None for none. `label` is for messages."""
     if isinstance(source, (str, os.PathLike)):
-        files = _files(Path(os.path.abspath(source)), data_dir, readers)
-        return name or files.name, read_case(files, need_labels=False, readers=readers), files
+        return [((name or files.name) if not files.volume else (name or files.volume) +
+                 files.name.removeprefix(files.volume), read_case(files, need_labels=False, readers=readers), files)
+                for files in _files(Path(os.path.abspath(source)), data_dir, readers)]
     if isinstance(source, Image.Image):
         source = _pixels(source, label)
     elif torch.is_tensor(source):
@@ -268,22 +284,27 @@ def _read(source, name, label, data_dir, readers):
         raise ValueError(f"{label} is {list(image.shape)}, but must be [H, W] or [C, H, W]")
     image = image.reshape(-1, *image.shape[-2:])
     image = image.astype(image.dtype.newbyteorder("="), copy=False)
+    if str(readers.normalise) != "full":
+        try:
+            image = readers.normalise.apply(image, readers.normalise.limits(image))
+        except ValueError as error:
+            raise ValueError(f"{label} is {error}") from None
     kind = image.dtype.kind
     if image.dtype not in (np.uint8, np.uint16) and not (kind == "f" and ((image >= 0) & (image <= 1)).all()):
         extent = f" from {image.min():g} to {image.max():g}" if kind in "iuf" else ""
         raise ValueError(f"{label} is {image.dtype}{extent}; give uint8, uint16, or floats and scale it to [0, 1]")
     image = image.astype(np.float32, copy=False) if kind == "f" else image
-    return name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), masks.DTYPE), None, {}), None
+    return [(name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), masks.DTYPE), None, {}), None)]
 
 
 def _files(path, data_dir, readers):
-    """The files of a case folder, or of a case that is this one picture."""
+    """The cases of a folder, or of this one picture or volume."""
     if not path.is_dir():
-        return CaseFiles(readers.stem_of(path), path.parent, [path], [])
+        return slices_of(CaseFiles(readers.stem_of(path), path.parent, [path], []), readers.slices(path))
     root = Path(os.path.abspath(data_dir or path.parent))
     if root not in path.parents:
         raise InputError(f"data_dir {data_dir}: does not hold {path}; give the folder that its cases lie in")
-    return sort_files(case_name(path, root), path, [file for file in path.iterdir() if file.name[0] != "."], readers)
+    return cases_of(path, root, [file for file in path.iterdir() if file.name[0] != "."], readers)
 
 
 def _pixels(picture, label):

@@ -13,7 +13,6 @@ from .. import dist_util, metrics
 from ..draw.scored import ALL
 from ..sampling.files import writing
 from ..system import storage
-from ..system.errors import InputError
 from .evaluation import cell, estimate, markdown, sized_scores
 
 FILE = "comparison.json"
@@ -37,12 +36,8 @@ class Comparison:
     def add(self, name: str, raters: np.ndarray, predictions: Sequence[np.ndarray]) -> None:
         """Score one case: raters [m, H, W] and, of A and of B, predictions [n, H, W] bool arrays.
 
-        :raises InputError: if the masks of A are of another size than those of B, or a score fails.
+        :raises InputError: if a score fails.
         """
-        sizes = [f"{masks.shape[2]} x {masks.shape[1]}" for masks in predictions]
-        if sizes[0] != sizes[1]:
-            raise InputError(f"{name}: the masks in {self.folders[0]} are {sizes[0]} pixels and those in"
-                             f" {self.folders[1]} {sizes[1]}; masks of one size only can be compared")
         y, *both = (torch.from_numpy(np.ascontiguousarray(masks)).to(self.device) for masks in (raters, *predictions))
         a, b = (sized_scores(masks, y, self.sizes, self.options) for masks in both)
         self.rows.append((name, [len(masks) for masks in both], {size: np.stack([a[size], b[size]])

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data import pictures, scaling
 from ..data.case_files import CaseFiles, read_case
-from ..data.fitting import fit_case
+from ..data.fitting import Fitting, fits_between
 from ..data.readers.base import Readers
 from ..sampling.files import draws_are_independent
 from ..system.errors import InputError, raise_problems
@@ -121,8 +121,10 @@ def read_scored_case(files: CaseFiles, members: Sequence[Path], fit: str, reader
                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One case to score: image [C, H, W] float32 in [0, 1], raters [m, H, W] bool, predictions [n, H, W] bool.
 
-    :param files: of the case, from find_cases; members: the files of its predictions; fit: what was done
-        to images of another size when they were made, as for SegmentationCases.
+    All are at the size of the scan.
+
+    :param files: of the case, from find_cases; members: the files of its predictions; fit: what was done to the scan
+        before it was sampled, as for SegmentationCases, if predictions have another size than it.
     :param readers: of the files (default: with the default values of their flags).
     :raises InputError: naming the case and file.
     """
@@ -135,18 +137,21 @@ def read_scored_case(files: CaseFiles, members: Sequence[Path], fit: str, reader
                              f" {size[1]} x {size[0]}")
     image, raters, *_ = read_case(files, readers=readers)
     if image.shape[1:] != size:
-        if fit == "error" or size[0] != size[1] or (fit == "crop" and size[0] > min(image.shape[1:])):
-            remedy = "give --fit crop or --fit resize if it was sampled with that" if fit == "error" else \
+        way = Fitting(image.shape[1:], size[0], fit)
+        known = [name for name in fits_between(way.size, size[0]) if name != "tile"]  # which have the scan's size
+        if fit not in known or size[0] != size[1]:
+            remedies = " or ".join(f"--fit {name}" for name in known)
+            words = f"give {remedies} if it was sampled with that" if fit == "error" else \
                 f"--fit {fit} does not lead from one to the other"
             raise InputError(f"{name}: {members[0]} is {size[1]} x {size[0]} pixels, but its raters' masks are"
-                             f" {image.shape[2]} x {image.shape[1]}; {remedy}")
-        image, raters = fit_case(image, raters, size[0], fit, files.images[0])
+                             f" {image.shape[2]} x {image.shape[1]}; {words}")
+        return scaling.to_unit(image), raters, way.back(np.stack(predictions))
     return scaling.to_unit(image), raters, np.stack(predictions)
 
 
 def _read_mask(path, case, readers):
     """[H, W] bool. In a picture of any kind: 0 and one other value, or, in a JPEG, black and white with ringing."""
-    if readers.name_of(path) not in (None, "pictures"):
+    if readers.name_of(path) not in (None, "pictures", "tiff"):
         return readers.read_mask(path)
     pixels = pictures.decode(path, FORMATS)
     if pixels.ndim == 3:

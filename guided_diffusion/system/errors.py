@@ -18,7 +18,8 @@ class InputError(Exception):
 
 
 def raise_problems(problems: Sequence[str], where: str | os.PathLike) -> None:
-    """Raise one InputError that lists all these messages, one a line; none at all is fine."""
+    """Raise one InputError that lists all these messages, one a line and each once; none at all is fine."""
+    problems = [*dict.fromkeys(problems)]  # all slices of a volume have the same
     if len(problems) == 1:
         raise InputError(problems[0])
     if problems:

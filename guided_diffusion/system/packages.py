@@ -1,6 +1,7 @@
 """Packages that not everything needs: whether one is there, and the command that brings it."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from types import ModuleType
@@ -18,6 +19,14 @@ def install_command(package: str) -> str:
     if package == "visdom" and sys.version_info < (3, 12):  # see constraints.txt
         return 'pip install "setuptools<81" wheel "tornado<6.5" && pip install --no-build-isolation visdom'
     return f"pip install {package}"
+
+
+def own_version() -> str:
+    """The version of this package, "unknown" where it runs without being installed."""
+    try:
+        return importlib.metadata.version("guided-diffusion-segmentation")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def missing(what: str, package: str) -> str:

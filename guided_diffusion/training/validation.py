@@ -12,6 +12,7 @@ from torch import nn
 from .. import dist_util, logger, metrics
 from ..data.cases import Case, SegmentationCases
 from ..data.masks import to_masks
+from ..data.windows import window_of
 from ..methods.base import Method
 from ..sampling.ensembles import EnsembleSampler, largest_batch
 from .callback import Callback, Loop, Stopped
@@ -28,15 +29,17 @@ class Validation(Callback):
     :param cases: of these, spread over all, `count` are drawn.
     :param method: makes the method that draws, of a network.
     :param scored: whether to draw SCORED members a case and score them, rather than as many as are shown.
+    :param window: a name of windows.WINDOWS: draw and score a window of each case, always the same; None: all of it.
     """
 
     def __init__(self, cases: SegmentationCases, method: Callable[[nn.Module], Method],
                  dtype: torch.dtype | None = None, count: int = SHOWN, seed: int = 0, interval: int = 1000,
-                 scored: bool = False):
+                 scored: bool = False, window: str | None = None):
         self.method, self.dtype, self.seed, self.interval, self.scored = method, dtype, seed, interval, scored
         self.members, self.name = (SCORED, "validation cases") if scored else (SHOWN, "training cases")
         places = np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int)
-        self.cases: list[Case] = [cases[i] for i in places]
+        self.cases: list[Case] = [
+            window_of(cases[i], cases.image_size, window, seed, i) if window else cases[i] for i in places.tolist()]
 
     def due(self, loop: Loop) -> bool:
         """Whether the cases are drawn behind this step."""
@@ -91,7 +94,7 @@ class Validation(Callback):
         mine = self.cases[dist_util.rank()::dist_util.world_size()]
         try:
             drawer = method()
-            largest = largest_batch(dist_util.device_of(drawer), mine[0].image.shape[-1] if mine else 1)
+            largest = largest_batch(dist_util.device_of(drawer), mine[0].image[0].size if mine else 1)
             sampler = EnsembleSampler(drawer, batch_size=min(32, largest), seed=self.seed)
             drawn = sampler.ensembles(mine, self.members, on_step)
             masks = [torch.from_numpy(to_masks(samples)) for _, samples in drawn]

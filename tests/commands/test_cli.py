@@ -41,7 +41,7 @@ PUBLISHED = {
 }
 OWN = {
     "both": dict(method="cimd", network="unet", prediction="eps", image_channels=4, use_bf16=False, plugin="", seed=0,
-                 fit="error", visdom_port=8097, results_dir=""),
+                 fit="error", visdom_port=8097, results_dir="", normalise="full", foreground="", context=0),
     TRAINING: dict(max_steps=0, kl_weight=0.001),
     SAMPLING: dict(ddim_eta=0.0, median_blur=0, evaluate=False, sampler="ancestral", sampling_steps=0,
                    timestep_spacing="uniform"),
@@ -49,7 +49,7 @@ OWN = {
 EVALUATION_FLAGS = dict(
     data_dir="./data/testing", samples_dir="./results", pattern="{case}_output{i}.png", ensemble_sizes="4,16,50,100",
     skip_missing=False, patient_pattern=r"\D*\d+", output_dir="", plugin="", fit="error", seed=0, ngpu=0,
-    local_rank=None, dist_timeout=600.0)
+    local_rank=None, dist_timeout=600.0, normalise="full", foreground="")
 
 MODEL_FLAGS = ("--image_size 128 --num_channels 128 --class_cond False --num_res_blocks 2 --num_heads 1"
                " --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16")

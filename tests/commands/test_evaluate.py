@@ -175,8 +175,7 @@ def test_folders_that_cannot_be_compared_are_refused(run, data, tmp_path):
     for folders, words in ((["a", "b", "c"], "one folder is scored, or two are compared"), (["a", "gone"], "gone"),
                            (["b", "c"], "case0 and 1 more: no masks to compare in b or c"),
                            (["a", "b"], "have masks of no case in common"),
-                           (["b", "c", "--skip_missing", "True", "--fit", "crop"],
-                            "case1: the masks in b are 8 x 8 pixels and those in c 16 x 16"),
+                           (["b", "c", "--skip_missing", "True"], "is 8 x 8 pixels, but its raters' masks are 16 x 16"),
                            (["a", "--samples_dir", "b"], "name the folders")):
         result = run(SCRIPT.name, *folders, "--data_dir", data)
         assert result.code == 2 and result.err.count("\n") == 1 and words in result.err, result.err

@@ -102,7 +102,16 @@ def test_scans_without_labels_and_of_another_size_can_be_sampled(sample, make_ca
     scans = make_cases(tmp_path / "scans", 2, raters=0, size=20)
     result = sample("results", "--fit", "crop", data=scans)
     assert result.code == 0 and result.err == ""
-    assert read(tmp_path / "results" / "case1_output1.png").shape == (16, 16)
+    for name in ("output1", "mean", "std"):
+        assert read(tmp_path / "results" / f"case1_{name}.png").shape == (20, 20)
+    with np.load(tmp_path / "results" / "case1_ensemble.npz") as stored:
+        assert stored["samples"].shape[1:] == (20, 20)
+        old = {**stored, "samples": stored["samples"][:, 2:-2, 2:-2]}  # as earlier releases wrote them
+    before = read(tmp_path / "results" / "case1_output1.png")
+    np.savez_compressed(tmp_path / "results" / "case1_ensemble.npz", **old)
+    Image.fromarray(before[2:-2, 2:-2]).save(tmp_path / "results" / "case1_output1.png")
+    assert "1 of them already complete" in sample("results", "--fit", "crop", data=scans).out
+    assert np.array_equal(read(tmp_path / "results" / "case1_output1.png"), before)
 
 
 def test_num_samples_takes_the_first_cases(sample, tmp_path):

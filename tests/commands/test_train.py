@@ -249,3 +249,15 @@ def test_every_way_to_train_gives_a_model_that_samples(run, train, data, tmp_pat
                  "--model_path", "results/emasavedmodel_0.9999_000002.pt", "--timestep_respacing", 3)
     assert result.code == 0 and result.err == "", result.err
     assert (tmp_path / "results" / "case0_output1.png").exists()
+
+
+def test_scans_larger_than_the_model_are_trained_on_by_windows_and_drawn_by_tiles(run, train, make_cases, tmp_path):
+    scans = make_cases(tmp_path / "large", 3, size=40)
+    result = train("results", "--data_dir", scans, "--fit", "tile", "--window", "lesion", "--val_dir", scans,
+                   "--val_cases", 2, "--sample_interval", 3)
+    assert result.code == 0 and "val_GED_16" in result.out, result.err
+    result = run("segmentation_sample.py", "--data_dir", scans, "--num_ensemble", 1, "--sampler", "best",
+                 "--sampling_steps", 2, "--fit", "tile", "--batch_size", "auto")
+    assert result.code == 0 and "the largest by 16" in result.out, result.err
+    assert read(tmp_path / "results" / "case0_output0.png").shape == (40, 40)
+    refused(train("other", "--window", "lesion"), "--window lesion: is for scans larger", "--fit tile")

@@ -12,20 +12,21 @@ from guided_diffusion.data.decoded_file import DecodedFile
 
 
 def random_records(count=20, seed=0, largest=9):
-    """Images of both dtypes, odd sides, 1 to 4 channels; packed masks of 0 to 5 raters."""
+    """Images of both dtypes, odd sides, 1 to 4 channels; packed masks of 0 to 5 raters; sizes of scans."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        dtype, side = rng.choice([np.uint8, np.uint16]), int(rng.integers(1, largest))
-        image = rng.integers(0, np.iinfo(dtype).max, (rng.integers(1, 5), side, side), dtype, endpoint=True)
-        masks = rng.random((rng.integers(0, 6), side * side)) < 0.5
-        yield image, np.packbits(masks, axis=1)
+        dtype, (height, width) = rng.choice([np.uint8, np.uint16]), rng.integers(1, largest, 2)
+        image = rng.integers(0, np.iinfo(dtype).max, (rng.integers(1, 5), height, width), dtype, endpoint=True)
+        masks = rng.random((rng.integers(0, 6), height * width)) < 0.5
+        yield image, np.packbits(masks, axis=1), tuple(rng.integers(1, 1000, 2).tolist())
 
 
 def assert_holds(file, records):
     records = list(records)
     assert len(file) == len(records)
     for got, expected in zip(file, records):
-        for part, other in zip(got, expected):
+        assert got[2] == expected[2]
+        for part, other in zip(got[:2], expected):
             assert part.dtype == other.dtype and part.shape == other.shape and np.array_equal(part, other)
 
 
@@ -34,8 +35,8 @@ def test_records_come_back_as_they_were_written(tmp_path, seed):
     decoded_file.write(tmp_path / "a", "key", random_records(seed=seed))
     file = DecodedFile(tmp_path / "a", "key")
     assert_holds(file, random_records(seed=seed))
-    assert 0 in {len(masks) for _, masks in file} and {image.itemsize for image, _ in file} == {1, 2}
-    assert all(image.flags.aligned for image, _ in file)
+    assert 0 in {len(masks) for _, masks, _ in file} and {image.itemsize for image, *_ in file} == {1, 2}
+    assert all(image.flags.aligned for image, *_ in file)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -46,7 +47,7 @@ def test_no_records_are_a_file_too(tmp_path):
 
 def test_records_are_read_only(tmp_path):
     decoded_file.write(tmp_path / "a", "key", random_records())
-    for part in DecodedFile(tmp_path / "a", "key")[0]:
+    for part in DecodedFile(tmp_path / "a", "key")[0][:2]:
         with pytest.raises(ValueError, match="read-only"):
             part[...] = 0
 

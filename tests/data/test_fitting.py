@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from helpers.files import save
 from helpers.pictures import SIZE, as_label, same
-from helpers.refusals import problems_of
+from helpers.refusals import problems_of, refusal
+from scipy import ndimage
 
 from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.data.fitting import Fitting
 from guided_diffusion.system.errors import InputError
 
 
@@ -29,15 +31,59 @@ def test_crop_takes_the_central_square_of_image_and_masks(tmp_path):
 
 def test_cropped_images_in_memory_do_not_hold_the_whole_picture(make_cases, tmp_path):
     cases = SegmentationCases(make_cases(tmp_path, size=64), SIZE, fit="crop")
-    for image, packed in cases.decoded:
+    for image, packed, _ in cases.decoded:
         assert image.base is None and image.nbytes == SIZE ** 2
         assert packed.base is None and packed.nbytes == 2 * SIZE ** 2 // 8
 
 
-def test_crop_of_a_smaller_image_is_refused(make_cases, tmp_path):
-    make_cases(tmp_path, 1, size=12)
-    message = problems_of(tmp_path, SIZE, fit="crop")
-    assert "12 x 12" in message and "--fit resize" in message
+@pytest.mark.parametrize("fit, size, words", [
+    ("crop", (12, 40), ["40 x 12", "too small for --fit crop", "--fit resize"]),
+    ("pad", (12, 40), ["40 x 12", "too large for --fit pad", "--fit resize"]),
+    ("pad", (20, 16), ["16 x 20", "too large", "--fit resize or --fit crop"]),
+    ("error", (9, 16), ["16 x 9", "--image_size is 16", "--fit resize or --fit pad"])])
+def test_what_does_not_fit_is_refused_with_what_would(fit, size, words):
+    message = refusal(Fitting(size, SIZE, fit).check, "scan.png")
+    assert message.startswith("scan.png: is ") and all(word in message for word in words)
+    assert not any(f"give --fit {wrong}" in message for wrong in ("error", fit))
+
+
+# ---- there and back ----
+
+def blob(size, seed=0):
+    """A smooth mask that no edge cuts off."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).random(size), min(size) / 8)
+    y, x = (np.linspace(-1, 1, side) for side in size)
+    return (noise > np.median(noise)) & (np.hypot(y[:, None], x) < 0.8)
+
+
+@pytest.mark.parametrize("fit, size", [("error", (16, 16)), ("pad", (16, 16)), ("pad", (11, 8)), ("pad", (1, 15)),
+                                       ("crop", (16, 16)), ("crop", (31, 18)), ("crop", (17, 16))])
+def test_what_lies_in_the_fitted_scan_comes_back_exactly(fit, size):
+    rng, way = np.random.default_rng(0), Fitting(size, SIZE, fit)
+    image, raters = rng.integers(0, 65536, (2, *size), np.uint16), rng.random((3, *size)) < 0.5
+    fitted_image, fitted = way.there(image, raters)
+    assert fitted_image.shape == (2, 16, 16) and fitted.shape == (3, 16, 16) and fitted.dtype == bool
+    samples = np.where(fitted, np.float32(0.7), np.float32(0.2))
+    seen = way.back(np.ones((1, 16, 16), bool))[0]  # of the scan by the network
+    assert seen.sum() == min(size[0], 16) * min(size[1], 16)
+    for drawn in (way.back(fitted), way.back(samples) > 0.5):
+        assert np.array_equal(drawn[:, seen], raters[:, seen]) and not drawn[:, ~seen].any()
+    assert np.array_equal(way.back(fitted_image)[:, seen], image[:, seen])
+    if fit == "pad":  # its edge goes on
+        assert np.isin(fitted_image, image).all() and fitted.sum() == raters.sum()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (150, 90), (33, 47), (256, 200)])
+def test_a_resized_mask_comes_back_within_half_a_pixel_of_the_coarser_grid(size):
+    side, mask = 64, blob(size)
+    way = Fitting(size, side, "resize")
+    _, fitted = way.there(np.zeros((1, *size), np.uint8), mask[None])
+    back = way.back(fitted.astype(np.float32))[0] > 0.5
+    assert np.array_equal(back, way.back(fitted)[0]) and 0.1 < mask.mean() < 0.8
+    units = [min(side / own, 1) for own in size]  # sides of the scan's pixels, in pixels of the coarser grid
+    depth = np.where(mask, *(ndimage.distance_transform_edt(one, units) for one in (mask, ~mask)))
+    depth -= max(units) / 2  # from the middle of a pixel to the border, not to the next pixel's
+    assert depth[back != mask].max(initial=0) <= 0.5
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

@@ -280,7 +280,7 @@ CORPUS = {
     "NIfTI called .png": (image(b"\x1f\x8b\x08\0" + bytes(90)), refused("image_0.png", "since it is a gzip file")),
     "PostScript called .png": (image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n"),
                                refused("image_0.png", "since it is a PostScript file")),
-    "TIFF": (put("image_0.tif", lambda path: save(path, GREY), "image_0.png"), refused("", "no image .a file called")),
+    "TIFF": (put("image_0.tif", lambda path: save(path, GREY), "image_0.png"), read()),
     "GIF called .png": (image(encoded(GREY, "GIF")), refused("image_0.png", "cannot be read, since it is a GIF file")),
     "animated GIF called .png": (image(frames("GIF")),
                                  refused("image_0.png", "cannot be read, since it is a GIF file")),

@@ -57,12 +57,12 @@ def in_turn(processes, tmp_path):
 
 
 def as_arrays(data):
-    """The same data folder with .npy files in Hounsfield units and labels 0 and 1."""
+    """The same data folder with .hu.npy files in Hounsfield units and labels 0 and 1."""
     from PIL import Image
 
     for path in list(data.rglob("*.png")):
         pixels = np.asarray(Image.open(path))
-        np.save(path.with_suffix(".npy"), pixels > 127 if "label" in path.name else pixels * 5.0 - 1000)
+        np.save(path.with_suffix(".hu.npy"), pixels > 127 if "label" in path.name else pixels * 5.0 - 1000)
         path.unlink()
     return data
 
@@ -161,11 +161,11 @@ print(json.dumps(masks.float().mean(0)[0].tolist()))
 
 
 def test_reader_of_the_page_reads_through_its_window(folder, tmp_path):
-    np.save(tmp_path / "image_1.npy", np.array([[-1200.0, -1000.0, -300.0, 400.0]]))
+    np.save(tmp_path / "image_1.hu.npy", np.array([[-1200.0, -1000.0, -300.0, 400.0]]))
     pixels = example(folder, "hounsfield.py", f"""
 from pathlib import Path
 from guided_diffusion.data.readers.base import Readers
-print(json.dumps([Readers(options).read(Path({str(tmp_path / 'image_1.npy')!r})).pixels.ravel().tolist()
+print(json.dumps([Readers(options).read(Path({str(tmp_path / 'image_1.hu.npy')!r})).pixels.ravel().tolist()
                   for options in ({{}}, {{"window_low": -1200.0}})]))
 """)
     assert [np.round(np.array(row) / 65535, 3).tolist() for row in pixels] == [[0, 0, 0.5, 1], [0, 0.125, 0.562, 1]]
