@@ -24,12 +24,12 @@ from guided_diffusion.data.readers import READERS
 from guided_diffusion.data.readers.base import Reader, Scan
 from guided_diffusion.system.flag import Flag
 
-@READERS.add("raw", "arrays of CT numbers", [Flag("window", float, 400.0, "width of the window, in HU", "data")])
+@READERS.add("raw", "arrays of CT numbers", [Flag("hu_width", float, 400.0, "width of the window, in HU", "data")])
 class Raw(Reader):
     suffixes = ".ct.npz",
 
-    def __init__(self, window):
-        self.window = window
+    def __init__(self, hu_width):
+        self.window = hu_width
 
     def read(self, path):
         with np.load(path) as file:
@@ -70,7 +70,7 @@ def raw(own_readers, tmp_path):
 
 def test_a_format_of_the_users_is_read_with_its_flags_spacing_and_facts(raw):
     folder, hu, labels = raw
-    for options, window in (({}, 400), ({"window": 250.0, "lr": 1}, 250)):
+    for options, window in (({}, 400), ({"hu_width": 250.0, "lr": 1}, 250)):
         cases = SegmentationCases(folder, 20, 1, options=options)
         for i, case in enumerate(cases):
             assert np.abs(case.image[0] - np.clip(hu[i] / window, 0, 1)).max() < 1e-5
@@ -85,20 +85,20 @@ def test_cases_decoded_with_other_flags_are_decoded_again(raw, monkeypatch):
     folder, hu, _ = raw
     monkeypatch.setattr("guided_diffusion.data.cases.MEMORY_BYTES", 0)
     for window in (400.0, 250.0):
-        case = SegmentationCases(folder, 20, 1, options={"window": window})[0]
+        case = SegmentationCases(folder, 20, 1, options={"hu_width": window})[0]
         assert np.abs(case.image[0] - np.clip(hu[0] / window, 0, 1)).max() < 1e-5
 
 
 def test_the_python_door_takes_the_spacing_of_the_file(raw, trained):
     folder, hu, labels = raw
     segmenter = Segmenter.load(trained, device="cpu")
-    ensemble = segmenter.sample(folder / "b", 2, 2, fit="resize", options={"window": 250.0})
+    ensemble = segmenter.sample(folder / "b", 2, 2, fit="resize", options={"hu_width": 250.0})
     assert ensemble.spacing == (0.5, 0.7) and ensemble.info == {"id": "bbb"} and ensemble.masks.shape == (2, 20, 20)
     assert ensemble.name == "b" and len(ensemble.raters) == 3
     assert ensemble.image.mean() == pytest.approx(np.clip(hu[1] / 250, 0, 1).mean(), abs=0.01)
     alone = segmenter.sample(folder / "b" / "image_0.CT.npz", 2, 2, fit="resize", spacing=(2, 2))
     assert alone.name == "image_0" and alone.spacing == (2, 2)
-    assert "--window 3" in refusal(segmenter.sample, np.zeros((16, 16)), 2, 2, options={"window": 3})
+    assert "--hu_width 3" in refusal(segmenter.sample, np.zeros((16, 16)), 2, 2, options={"hu_width": 3})
 
 
 def test_masks_of_an_ensemble_may_be_of_that_format(raw):
@@ -109,10 +109,10 @@ def test_masks_of_an_ensemble_may_be_of_that_format(raw):
 
 
 def test_flags_of_readers_that_no_file_needs_are_refused(raw):
-    refuse_unused({"window": 3.0}, {"raw", "pictures"}, "data")
-    refuse_unused({"window": 400.0, "lr": 1}, {"pictures"}, "data")
-    message = refusal(refuse_unused, {"window": 3.0}, {"pictures"}, "./data")
-    assert message == "--window 3.0: is a flag of the reader raw, which no file of ./data needs; leave it away"
+    refuse_unused({"hu_width": 3.0}, {"raw", "pictures"}, "data")
+    refuse_unused({"hu_width": 400.0, "lr": 1}, {"pictures"}, "data")
+    message = refusal(refuse_unused, {"hu_width": 3.0}, {"pictures"}, "./data")
+    assert message == "--hu_width 3.0: is a flag of the reader raw, which no file of ./data needs; leave it away"
 
 
 def test_the_longest_suffix_counts_in_letters_of_any_size(own_readers, tmp_path):
@@ -175,4 +175,4 @@ def test_labels_are_cut_at_half_of_full_scale_in_any_channel(tmp_path):
 
 
 def test_the_flags_of_readers_are_known(raw):
-    assert READERS.flags() == [Flag("window", float, 400.0, "width of the window, in HU", "data")]
+    assert READERS.flags() == [Flag("hu_width", float, 400.0, "width of the window, in HU", "data")]
