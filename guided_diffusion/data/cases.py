@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from ..system.terminal import progress
 from . import decoded_file, masks, scaling
 from .case_files import check_complete, find_cases, read_case
 from .fitting import FITS, Fitting
+from .pictures import MAX_PIXELS
 from .readers.base import Readers
 
 MEMORY_BYTES = 4 << 30  # decoded data sets up to this size are kept in memory, larger ones in a file beside the data
@@ -187,8 +189,15 @@ class SegmentationCases:
 
     def _fits(self, record):
         image, _, size = record
-        return not image.size or (len(image) in (1, self.image_channels) and
-                                  image.shape[1:] == Fitting(size, self.image_size, self.fit).fitted)
+        if not image.size:
+            return True
+        fitting = Fitting(size, self.image_size, self.fit)
+        try:
+            fitting.check(self.data_dir)
+        except InputError:
+            return False
+        return (len(image) in (1, self.image_channels) and image.shape[1:] == fitting.fitted
+                and math.prod(size) <= MAX_PIXELS)
 
     def _checked(self, numbers, shows=False, doing=None):
         """Decode these cases on several threads and yield them, _NOTHING where one is wrong; all `problems` are raised

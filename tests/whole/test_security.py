@@ -499,12 +499,23 @@ def test_what_claims_more_than_it_holds_is_refused_with_little_memory(outcomes, 
     assert megabytes < 100
 
 
+# offset, bytes a value, channels, rows, columns, raters, bytes a mask, rows and columns of the scan
+RECORD = [0, 1, 1, 16, 16, 2, 32, 16, 16]
+
+
+def records(*changes):
+    """Two records that differ from RECORD in numbers at these places."""
+    record = list(RECORD)
+    for place, number in changes:
+        record[place] = number
+    return [record] * 2
+
+
 @pytest.mark.parametrize("records", [
-    [[1 << 62, 1, 1, 16, 2, 32]] * 2, [[0, 1, 1, 1 << 31, 2, 32]] * 2, [[-4096, 1, 1, 16, 2, 32]] * 2,
-    [[0, 1, 1, 16, -2, 32]] * 2, [[0, 1, 1, 16, 1 << 40, 32]] * 2, [[0, 8, 1, 16, 2, 32]] * 2, [[0, 1, 1, 16, 2, 32]],
-    [[0, 1, 1, 8, 2, 8]] * 2, [[0, 1, 3, 16, 2, 32]] * 2,
-    [[0, 1, 1 << 40, 0, 2, 32]] * 2, [["0", 1, 1, 16, 2, 32]] * 2, [[0, 1, 1]], [], {}, None,
-    [[0, 1, 1, 16, 2, 1e300]] * 2, [[0, 1, 1, 16, 2, 10 ** 400]] * 2, "[" * 100_000])
+    records((0, 1 << 62)), records((3, 1 << 31)), records((4, 1 << 31)), records((0, -4096)), records((5, -2)),
+    records((5, 1 << 40)), records((1, 8)), [RECORD], records((3, 8), (4, 8), (6, 8)), records((2, 3)),
+    records((2, 1 << 40), (3, 0)), records((0, "0")), [[0, 1, 1]], [], {}, None, records((6, 1e300)),
+    records((6, 10 ** 400)), records((7, 1 << 40)), records((8, 15)), "[" * 100_000])
 def test_decoded_file_with_an_absurd_index_is_made_anew(tmp_path, make_cases, monkeypatch, records):
     monkeypatch.setattr("guided_diffusion.data.cases.MEMORY_BYTES", 0)
     data = make_cases(tmp_path / "data")
@@ -513,12 +524,13 @@ def test_decoded_file_with_an_absurd_index_is_made_anew(tmp_path, make_cases, mo
     content = path.read_bytes()
     length, = struct.unpack("<Q", content[-16:-8])
     index = json.loads(content[-16 - length:-16])
-    assert index["records"][0] == [0, 1, 1, 16, 2, 32]  # offset, bytes a value, channels, side, raters, bytes a mask
+    assert index["records"][0] == RECORD
     text = records.encode() if isinstance(records, str) else json.dumps({**index, "records": records}).encode()
     path.write_bytes(content[:-16 - length] + text + struct.pack("<Q", len(text)) + content[-8:])
     again = SegmentationCases(data, 16)
     for a, b in zip(whole, again, strict=True):
         assert a.name == b.name and np.array_equal(a.image, b.image) and np.array_equal(a.raters, b.raters)
+    assert [again.fitting(i) for i in range(len(again))] == [whole.fitting(i) for i in range(len(whole))]
 
 
 # ---- names ----
