@@ -56,7 +56,7 @@ def flags_of(preset, **changes):
 # method: (flags of training, the steps that one core of an AMD EPYC with AVX-512 bf16 takes in a minute)
 METHODS = {
     "cimd": (flags_of("cpu-32"), 360),
-    "energy": (flags_of("energy", field_of_view=0, energy_dummy=0.5), 230),
+    "energy": (flags_of("energy", field_of_view=0, batch_size=8), 230),
     "probunet": (flags_of("probunet"), 900),
     "plain": (flags_of("cpu-32", kl_weight=0), 360),
 }
