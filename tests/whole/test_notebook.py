@@ -70,7 +70,7 @@ def test_the_notebook_runs_from_top_to_bottom_and_draws_its_pictures(book, execu
     executed(book)
     assert all(cell.execution_count for cell in code_cells(book))
     assert len(pictures(book)) == kept and len(set(pictures(book))) == kept
-    assert "phantom-000006: 4 masks (64, 64), 4 raters" in text(book)
+    assert "phantom-000006: 4 masks (128, 128), 4 raters" in text(book)
     results = tmp_path / "results" / "notebook"
     assert (results / "savedmodel000003.pt").is_file()
     assert len(list((results / "saved").glob("phantom-000006_output*.png"))) == 4
