@@ -32,6 +32,7 @@ class Holder(NamedTuple):
     since: str = "?"  # when it took the lease, by its own clock
     machine: str = ""  # within which its number is a process's own, "" if that is not known
     job: str = ""  # one whose processes never run twice at a time takes over from itself, "" for none
+    doing: str = ""  # a word for what it does
     generation: str = ""  # a word of its own for each start
 
     def __str__(self) -> str:
@@ -59,12 +60,13 @@ class Leases:
 
     :param timeout: seconds without renewal after which a lease may be taken away.
     :param job: a name that all starts of one elastic job share, of which the launcher lets only the newest run.
+    :param doing: a word for what is done, for others to read.
     """
 
-    def __init__(self, timeout: float, job: str = ""):
+    def __init__(self, timeout: float, job: str = "", doing: str = ""):
         self.timeout, self.interval = timeout, min(5.0, timeout / 10)
         self.me = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %Z"), _machine(), job,
-                         secrets.token_hex(8))
+                         doing, secrets.token_hex(8))
         self.renewals = 0
         self.lost: set[str] = set()  # those that were found to be others' when they were to be renewed
         self._held: set[str] = set()
@@ -169,7 +171,8 @@ def _read(data):
     """The Holder that a lease's bytes name, as far as they do."""
     try:
         stored = json.loads(data)
-        kinds = {"host": str, "pid": int, "since": str, "machine": str, "job": str, "generation": str}
+        kinds = {"host": str, "pid": int, "since": str, "machine": str, "job": str, "doing": str,
+                 "generation": str}
         return Holder(**{name: kind(stored[name]) for name, kind in kinds.items()})
     except (ValueError, TypeError, KeyError, RecursionError):  # empty for a moment, or no lease at all
         return Holder()

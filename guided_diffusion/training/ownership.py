@@ -54,8 +54,9 @@ class Ownership(Callback):
     def check(self) -> None:
         """:raises Lost: if another process has taken over."""
         if not self.leases.holds(self.path):
-            raise Lost(f"{self.folder}: {self.leases.holder(self.path) or 'another run'} has gone on with this run, since"
-                       f" this process had not been heard of; nothing more is written")
+            by = self.leases.holder(self.path) or "another run"
+            raise Lost(f"{self.folder}: {by} has gone on with this run, since this process had not been heard of;"
+                       f" nothing more is written")
 
     def stepped(self, loop: Loop, *step: Any) -> None:
         if self.leases.lost:
