@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from ..system import storage
 from ..system.errors import InputError
 from ..system.lease import Leases
+from .files import writing
 
 
 class SharedCases(contextlib.AbstractContextManager):
@@ -49,10 +50,11 @@ class SharedCases(contextlib.AbstractContextManager):
     def take_lease(self, name: str) -> bool:
         """Whether a lease could be taken.
 
-        :raises InputError: if a process with other flags has it.
+        :raises InputError: if a process with other flags has it, or it cannot be written.
         """
         path, me = self.path(name), self.leases.me
-        holder = self.leases.take(path)
+        with writing(path):
+            holder = self.leases.take(path)
         alive = holder and (holder.machine == me.machine or self.leases.renewed(path))
         if alive and holder.generation and holder.doing != me.doing:
             raise InputError(f"--results_dir {self.folder}: {holder} draws other masks into it, with other flags,"

@@ -146,6 +146,9 @@ def write_new(path: AnyPath, data: bytes) -> bool:
         return False
     try:
         os.write(file, data)
+    except OSError:
+        os.unlink(path)
+        raise
     finally:
         os.close(file)
     return True

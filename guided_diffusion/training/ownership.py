@@ -34,6 +34,10 @@ class Ownership(Callback):
         self.leases = Leases(timeout, elastic_job())
         try:
             self._take()
+        except OSError as error:
+            self.leases.close()
+            raise InputError(f"--results_dir {folder}: {LOCK} cannot be written ({error.strerror or error}); mend that,"
+                             f" or give another folder") from None
         except BaseException:
             self.leases.close()
             raise
