@@ -67,9 +67,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-# the first process of a host: sets it up, hands its TAP device out, and takes in orphans for ever
+# the first process of a host: sets it up, hands its TAP device out, and takes in orphans until this program is gone
 FIRST = """
-import fcntl, os, socket, struct, subprocess, sys, time
+import contextlib, fcntl, os, select, socket, struct, subprocess, sys
 name, address, door, hosts_file = sys.argv[1:]
 socket.sethostname(name)
 tap = os.open("/dev/net/tun", os.O_RDWR)
@@ -77,14 +77,12 @@ fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", b"tap0", 0x0002 | 0x1000))  
 for words in ("ip link set lo up", "ip link set tap0 mtu 9000 up", f"ip addr add {address}/24 dev tap0",
               f"mount --bind {hosts_file} /etc/hosts"):
     subprocess.run(words.split(), check=True)
-with socket.socket(fileno=int(door)) as out:
-    socket.send_fds(out, [b"tap"], [tap])
+door = socket.socket(fileno=int(door))
+socket.send_fds(door, [b"tap"], [tap])
 os.close(tap)
-while True:
-    try:
-        os.wait()
-    except ChildProcessError:
-        time.sleep(0.2)
+while not select.select([door], [], [], 0.2)[0]:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 """
 
 
@@ -131,14 +129,13 @@ class Host:
 
     def __init__(self, number, switch, hosts_file):
         self.name, self.address = f"host{number}", f"10.77.0.{number}"
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
+        self.door, theirs = socket.socketpair()
+        with theirs:
             self.process = subprocess.Popen(
                 ["unshare", *(["-U", "-r"] if os.geteuid() else []), "-n", "-u", "-p", "-m", "--fork", "--mount-proc",
                  "--kill-child", sys.executable, "-S", "-c", FIRST, self.name, self.address, str(theirs.fileno()),
                  str(hosts_file)], pass_fds=[theirs.fileno()])
-            theirs.close()
-            _, (self.tap,), _, _ = socket.recv_fds(ours, 10, 1)
+        _, (self.tap,), _, _ = socket.recv_fds(self.door, 10, 1)
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         self.first = int(children.read_text().split()[0])
         switch.taps.append(self.tap)
@@ -173,6 +170,7 @@ class Host:
         self.switch.taps.remove(self.tap)
         self.process.kill()  # the first process of the host dies with it, and so do all
         self.process.wait()
+        self.door.close()
         os.close(self.tap)
 
 
