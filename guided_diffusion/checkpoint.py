@@ -20,7 +20,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +89,31 @@ def load(path: storage.AnyPath, flag: str = "--model_path") -> Any:
                          f" ({type(error).__name__}: {reason}); name another, or remove it") from None
 
 
-def load_model(model: nn.Module, path: storage.AnyPath, flag: str = "--model_path") -> None:
+def load_model(model: nn.Module, path: storage.AnyPath, flag: str = "--model_path", optional: Sequence[str] = ()
+               ) -> list[str]:
     """Load a network's weights saved here, by the published code or by openai/guided-diffusion, with strict names; and
     those of its frozen parts, if it has any, from the folder's frozenmodel.pt. A safetensors file holds all of them.
 
+    :param optional: names of submodules that the file may lack, which then stay as they are, or have beside.
+    :returns: those that it lacked.
     :raises InputError: if they are another architecture's, naming what differs.
     """
-    if is_safetensors(path):
-        return load_state(model, load(path, flag), f"{flag} {path}")
-    state = load(path, flag)
+    state, whole, lacked = load(path, flag), is_safetensors(path), []
     if isinstance(state, dict):
         state.pop(FACTS, None)
-    load_state(model, state, f"{flag} {path}", trained_state(model))
-    if frozen := frozen_state(model):
+        for part in optional:
+            own, stored = ({name for name in weights if str(name).startswith(f"{part}.")}
+                           for weights in (model.state_dict(), state))
+            if own and not stored:
+                state.update({name: model.state_dict()[name] for name in own})
+                lacked.append(part)
+            elif stored and not own:
+                state = {name: value for name, value in state.items() if name not in stored}
+    load_state(model, state, f"{flag} {path}", None if whole else trained_state(model))
+    if not whole and (frozen := frozen_state(model)):
         frozen_path = storage.join(storage.folder_of(path), FROZEN)
         load_state(model, load(frozen_path, flag), f"{flag} {frozen_path}", frozen)
+    return lacked
 
 
 def save_best(folder: storage.AnyPath, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

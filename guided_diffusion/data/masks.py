@@ -14,6 +14,7 @@ import math
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from scipy import ndimage
 
 RANGE = 0.0, 1.0  # what background and foreground are in the diffusion process, as published
 DTYPE = bool  # of masks in memory
@@ -60,6 +61,19 @@ def to_masks(samples: np.ndarray, median_blur: int = 0) -> np.ndarray:
         smooth = ImageFilter.MedianFilter(median_blur)
         masks = np.stack([from_pixels(np.asarray(Image.fromarray(to_pixels(mask)).filter(smooth))) for mask in masks])
     return masks
+
+
+def without_crumbs(samples: np.ndarray, share: float) -> np.ndarray:
+    """Samples [n, H, W] float, each without the parts of its mask that are smaller than this share of its largest part.
+    Parts are connected through edges or corners of pixels."""
+    masks = to_masks(samples)
+    connected = np.zeros((3, 3, 3), bool)
+    connected[1] = True  # within a mask
+    parts, _ = ndimage.label(masks, connected)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    area = sizes[parts]  # of the part that a pixel belongs to
+    return np.where(masks & (area < share * area.max((1, 2), keepdims=True)), 0, samples).astype(samples.dtype)
 
 
 # ---- pictures and labels ----

@@ -1,14 +1,16 @@
 """Training on the score itself: one pass over a scan, then one small head a mask.
 
-A network turns the scan into features. A head says how probable it is that an expert marks nothing. It also turns the
-features and fresh noise into the mask of one who marks something: a latent z, alike over the whole mask, and smooth
-noise at a few scales. Nothing is diffused. All raters of a scan count in every step, by two proper scores:
+A network turns the scan into features. A head turns the features and fresh noise into the mask of an expert who marks
+something: a latent z, alike over the whole mask, and smooth noise at a few scales. How probable it is that an expert
+marks nothing is said by the head too, or by a small network of its own. Nothing is diffused. All raters of a scan count
+in every step, by two proper scores:
 
     whether    the cross-entropy of the probability of an empty mask
     where      the energy score of draws against the masks that are not empty, see energy_score.py
 
 Whether an expert marks anything decides most of GED on LIDC-IDRI. With a probability of its own, its gradient has no
-noise, and no draw has to be half a mask.
+noise, and no draw has to be half a mask. It is also what a large network learns by heart first, which is why a small
+one may say it.
 """
 
 import math
@@ -21,14 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.cases import Case
+from ..data.masks import without_crumbs
 from ..data.noise import MemberNoise, spread_noise, step_noise
 from ..data.stream import Batch
 from ..dist_util import dev, device_of
 from ..energy_score import energy_score
 from ..networks import NETWORKS
 from ..networks.base import Encoded, freeze
+from ..networks.presence import GROUPS, PresenceNetwork
 from ..networks.tiles import blend, cut, tiles
-from ..nn import compile_network
+from ..nn import compile_network, zero_module
 from ..system.errors import InputError
 from ..system.flag import Flag
 from . import METHODS
@@ -44,6 +48,12 @@ FLAGS = [
     Flag("latent_size", int, 16, "numbers of noise that shape a whole mask", "method", least=1, most=1024),
     Flag("head_channels", int, 32, "channels of the head that draws a mask", "method", least=1, most=1024),
     Flag("head_width", int, 256, "width of the head's fully connected layers", "method", least=1, most=65536),
+    Flag("presence_channels", int, 0, "channels of a small network of its own that says how probable an empty mask is,"
+         f" a multiple of {GROUPS} (0: the head says it)", "method", least=0, most=1024),
+    Flag("smallest_part", float, 0.0, "leave out the parts of a drawn mask that are smaller than this share of its"
+         " largest part (0: keep all)", "method", least=0, most=1),
+    Flag("energy_loss", ("both", "whether", "where"), "both", "what is trained: whether (the network of"
+         " --presence_channels), where (all others), or both", "training"),
     Flag("energy_draws", int, 8, "masks drawn of each scan in a step", "training", least=1, most=1024),
     Flag("energy_dummy", float, 2.0, "pixels of the element that all masks share in the Jaccard distance of training;"
          " above 0, so that the gradient is finite at empty masks", "training"),
@@ -56,30 +66,29 @@ class MaskHead(nn.Module):
     """Features of a scan -> the probability of an empty mask, and the logits of the mask of one draw.
 
     :param features: channels of the features, [N, features, H, W] with even H and W.
+    :param whether: whether it gives that probability.
     """
 
-    def __init__(self, features: int, channels: int = 32, latent: int = 16, width: int = 256):
+    def __init__(self, features: int, channels: int = 32, latent: int = 16, width: int = 256, whether: bool = True):
         super().__init__()
         self.latent = latent
         wide = features * BLOCK ** 2
         self.attend = nn.Conv2d(wide, POOLS, 1)
         self.summary = nn.Sequential(nn.Linear(POOLS * wide, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.empty = nn.Linear(width, 1)
+        self.empty = zero_module(nn.Linear(width, 1)) if whether else None
         self.features = nn.Conv2d(wide, channels, 1)
         self.modulation = nn.Sequential(nn.Linear(latent + width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                         nn.Linear(width, 2 * channels))
         self.noise = nn.Conv2d(len(NOISE_SPACINGS), channels, 1, bias=False)
         self.out = nn.Conv2d(channels, BLOCK ** 2, 1)
-        nn.init.zeros_(self.empty.weight)
-        nn.init.zeros_(self.empty.bias)
 
-    def encode(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Once a scan: [N, features, H, W] -> features of the head [N, channels, H/2, W/2], the scan's summary
-        [N, width], and the logit of an empty mask, [N] float32."""
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Once a scan: [N, features, H, W] -> features of the head [N, channels, H/2, W/2] and the scan's summary
+        [N, width]."""
         x = F.pixel_unshuffle(features, BLOCK)
         weights = self.attend(x).flatten(2).float().softmax(-1).to(x.dtype)  # [N, POOLS, H/2 W/2]
         summary = self.summary((weights @ x.flatten(2).transpose(1, 2)).flatten(1))
-        return self.features(x), summary, self.empty(summary).float()[:, 0]
+        return self.features(x), summary
 
     def draw(self, features: Tensor, summary: Tensor, latent: Tensor, noise: Tensor) -> Tensor:
         """Logits of one mask a row, [N, H, W] float32: latent [N, latent], noise [N, 3, H/2, W/2]
@@ -92,21 +101,39 @@ class MaskHead(nn.Module):
 
 
 class MaskGenerator(nn.Module):
-    """The network that draws: one that sees the scan alone, and the head.
+    """The networks that draw: one that sees the scan alone, the head, and that of presence.
 
     :param field_of_view: the side of the central part of scans that is seen and drawn; 0: all.
+    :param presence: gives the logit of an empty mask; None: the head gives it.
     """
 
-    def __init__(self, network: nn.Module, head: MaskHead, field_of_view: int = 0):
+    def __init__(self, network: nn.Module, head: MaskHead, field_of_view: int = 0,
+                 presence: PresenceNetwork | None = None):
         super().__init__()
-        self.network, self.head, self.field_of_view = network, head, field_of_view
+        self.network, self.head, self.field_of_view, self.presence = network, head, field_of_view, presence
         self.frozen = tuple(f"network.{part}" for part in getattr(network, "frozen", ()))
+        self.optional = "presence", "head.empty"
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scans [N, C, H, W] in [0, 1] -> what MaskHead.encode returns, and the logit of an empty mask [N] float32."""
+        features, summary = self.encode(image)
+        return features, summary, self.whether(image, summary)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Scans [N, C, H, W] in [0, 1] -> what MaskHead.encode returns."""
         image = self.seen(image)
         no_mask, no_step = image[:, :0], torch.zeros(len(image), device=image.device)
         return self.head.encode(self.network(no_mask, no_step, image=image))
+
+    def whether(self, image: Tensor, summary: Tensor | None = None) -> Tensor:
+        """The logit of an empty mask, [N] float32; of scans [N, C, H, W] in [0, 1], or of their summary without a
+        network of presence."""
+        return self.presence(self.seen(image)) if self.presence else self.head.empty(summary).float()[:, 0]
+
+    @property
+    def empty(self) -> nn.Linear:
+        """The layer that returns the logit of an empty mask."""
+        return self.presence.out if self.presence else self.head.empty
 
     def seen(self, x: Tensor) -> Tensor:
         """The part of scans or masks [..., H, W] that is seen."""
@@ -132,16 +159,23 @@ class EnergyMethod(Method):
     """A generator of masks that is trained on whether experts mark something, and where.
 
     :param draws: masks drawn of each scan in a step; dummy: see energy_score.soft_jaccard.
+    :param trained: "whether", "where", or "both"; the weights of the other stay as they are.
     :param spread: whether the members of a case are spread evenly over the distribution, see data.noise.spread_noise.
+    :param smallest_part: of a drawn mask that is kept, as a share of its largest part.
     """
 
     loss_names = ["loss", "whether", "where"]
     cost = Cost(scan=1, mask=0)
 
-    def __init__(self, model: MaskGenerator, draws: int = 8, dummy: float = 2.0, spread: bool = True):
+    def __init__(self, model: MaskGenerator, draws: int = 8, dummy: float = 2.0, trained: str = "both",
+                 spread: bool = True, smallest_part: float = 0.0):
         super().__init__()
+        if trained != "both":
+            self.loss_names = ["loss", trained]
+            for part in (model.network, model.head, model.presence):
+                part.requires_grad_((part is model.presence) == (trained == "whether"))
         self.model, self.draws, self.dummy = freeze(model), draws, dummy
-        self.independent, self.side = not spread, 0
+        self.independent, self.smallest_part, self.side = not spread, smallest_part, 0
 
     @classmethod
     def from_flags(cls, flags: SimpleNamespace, model: nn.Module | None = None, training: bool = True
@@ -154,17 +188,31 @@ class EnergyMethod(Method):
         if model is None:
             seen = SimpleNamespace(**{**vars(flags), "image_size": flags.field_of_view or flags.image_size})
             features = flags.head_channels * 2 // BLOCK ** 2
-            head = MaskHead(features, flags.head_channels, flags.latent_size, flags.head_width)
-            model = MaskGenerator(NETWORKS[flags.network](seen, 0, features), head, flags.field_of_view)
-        return cls(model, flags.energy_draws, flags.energy_dummy) if training else cls(model, spread=flags.spread)
+            head = MaskHead(features, flags.head_channels, flags.latent_size, flags.head_width,
+                            whether=not flags.presence_channels)
+            presence = (PresenceNetwork(flags.image_channels, flags.presence_channels) if flags.presence_channels
+                        else None)
+            model = MaskGenerator(NETWORKS[flags.network](seen, 0, features), head, flags.field_of_view, presence)
+        return (cls(model, flags.energy_draws, flags.energy_dummy, flags.energy_loss) if training
+                else cls(model, spread=flags.spread, smallest_part=flags.smallest_part))
 
     @classmethod
     def settle_flags(cls, flags: SimpleNamespace, given: dict) -> None:
+        if flags.presence_channels % GROUPS:
+            raise InputError(f"--presence_channels {flags.presence_channels}: must be a multiple of {GROUPS}, or 0")
+        if getattr(flags, "energy_loss", "both") != "both" and not flags.presence_channels:
+            raise InputError(f"--energy_loss {flags.energy_loss}: the head says whether and where, and both are trained"
+                             f" together; give --presence_channels above 0, or --energy_loss both")
         if getattr(flags, "energy_draws", 2) < 2:
             raise InputError("--energy_draws 1: the energy score compares the draws of a scan; give 2 or more")
         if getattr(flags, "energy_dummy", 1) <= 0:
             raise InputError(f"--energy_dummy {flags.energy_dummy:g}: the gradient at empty masks needs a number above"
                              f" 0")
+
+    @classmethod
+    def idle_flags(cls, flags: SimpleNamespace) -> dict[str, str]:
+        idle = getattr(flags, "energy_loss", "both") == "whether"
+        return dict.fromkeys(("energy_draws", "energy_dummy"), "with --energy_loss whether") if idle else {}
 
     @classmethod
     def quick_flags(cls, flags: SimpleNamespace) -> dict:
@@ -173,24 +221,32 @@ class EnergyMethod(Method):
     # ---- training ----
 
     def forward(self, batch: Batch) -> Losses:
+        area = batch.masks.sum((2, 3))  # [N, R]
+        present = batch.present.to(area.device)
+        marked = present & (area > 0)
+        share = marked.sum(1) / present.sum(1)
+        terms, summary = {}, None
+        if "where" in self.loss_names:
+            features, summary = self.model.encode(batch.image)
+            terms["where"] = share * self._where(batch, features, summary, marked)
+        if "whether" in self.loss_names:
+            terms["whether"] = F.binary_cross_entropy_with_logits(self.model.whether(batch.image, summary), 1 - share,
+                                                                  reduction="none")
+        return Losses({"loss": sum(terms.values()), **terms}, torch.ones_like(share))
+
+    def _where(self, batch, features, summary, marked):
+        """The energy score of draws against the masks that are marked, [N]."""
         raters = self.model.seen(batch.masks)
         (scans, _, height, width), draws = raters.shape, self.draws
         like = batch.image.new_empty(scans, draws, self._noise_numbers(height, width))
         normal = step_noise(batch.seed, batch.places, like)[1]
-        features, summary, empty = self.model(batch.image)
         logits = self.model.head.draw(*(x.repeat_interleave(draws, 0) for x in (features, summary)),
                                       *self._noise(normal.flatten(0, 1), height, width))
-        area = batch.masks.sum((2, 3))  # [N, R]
-        unseen = area - raters.sum((2, 3))  # counts as one more pixel, which no draw fills
-        present = batch.present.to(area.device)
-        marked = present & (area > 0)
-        share = marked.sum(1) / present.sum(1)
+        # what lies outside counts as one more pixel, which no draw fills
+        unseen = batch.masks.sum((2, 3)) - raters.sum((2, 3))
         with torch.autocast(logits.device.type, enabled=False):
-            whether = F.binary_cross_entropy_with_logits(empty, 1 - share, reduction="none")
-            energy = energy_score(F.pad(logits.sigmoid().reshape(scans, draws, -1), (0, 1)),
-                                  torch.cat([raters.flatten(2), unseen[:, :, None]], 2), marked, self.dummy)
-        where = share * energy.score
-        return Losses({"loss": whether + where, "whether": whether, "where": where}, torch.ones_like(share))
+            return energy_score(F.pad(logits.sigmoid().reshape(scans, draws, -1), (0, 1)),
+                                torch.cat([raters.flatten(2), unseen[:, :, None]], 2), marked, self.dummy).score
 
     def _noise_numbers(self, height, width):
         return self.model.head.latent + sum(map(math.prod, noise_sizes(height, width)))
@@ -231,7 +287,7 @@ class EnergyMethod(Method):
             return F.binary_cross_entropy_with_logits(logits / math.exp(log_temperature), shares).item()
 
         temperature = math.exp(minimize_scalar(whether, bounds=(-3, 3), method="bounded").x)
-        for parameter in self.model.head.empty.parameters():
+        for parameter in self.model.empty.parameters():
             parameter /= temperature
         return f"temperature {temperature:.2f} of the probability of an empty mask, from {len(seen)} cases"
 
@@ -258,7 +314,8 @@ class EnergyMethod(Method):
         samples = torch.zeros_like(like)
         self.model.seen(samples).copy_(logits.sigmoid() * ~nothing)
         on_step(samples[:, None], samples[:, None])
-        return samples.cpu()
+        samples = samples.cpu()
+        return torch.from_numpy(without_crumbs(samples.numpy(), self.smallest_part)) if self.smallest_part else samples
 
     def _logits(self, features, summary, empty, latent, noise):
         """Logits of the pixels [N, H, W], and of an empty mask [N, 1, 1]."""

@@ -119,19 +119,19 @@ def start_from(method: Method, path: str) -> str:
     :returns: what was taken, and what starts afresh, in words.
     :raises InputError: for weights of another architecture, naming what differs.
     """
-    checkpoint.load_model(method.model, path, "--init")
+    lacked = checkpoint.load_model(method.model, path, "--init", getattr(method.model, "optional", ()))
     step, also = checkpoint.step_of(path), method.training_networks()
     beside = storage.join(storage.folder_of(path), checkpoint.opt_name(step or 0))
     stored = checkpoint.load(beside, "--init") if also and step is not None and storage.exists(beside) else {}
     stored = stored if isinstance(stored, dict) else {}
-    taken, afresh = [], ["the optimiser"]
+    taken, afresh = [], ["the optimiser", *(f"{name} (not in {path})" for name in lacked)]
     for name, network in also.items():
         try:
             checkpoint.load_state(network, stored.get(name), f"its {name}")
             taken.append(name)
         except InputError as error:
             afresh.append(f"{name} ({error})" if name in stored else name)
-    words = [f"all weights of the network are those of {path}"]
+    words = [f"{'the other' if lacked else 'all'} weights of the network are those of {path}"]
     if taken:
         words.append(f"{' and '.join(taken)} {'is' if len(taken) == 1 else 'are'} of {beside}")
     return "; ".join([*words, f"{', '.join(afresh)} start{'s' if len(afresh) == 1 else ''} afresh"])

@@ -90,3 +90,20 @@ def test_the_method_of_the_weights_decides_which_flags_have_an_effect(run, make_
     result = tune("--init", "first/savedmodel.pt", "--energy_draws", 3, "--max_steps", 1)
     assert result.code == 0 and result.err == "", result.err
     assert json.loads((tmp_path / "tuned" / "flags.json").read_text())["energy_draws"] == 3
+
+
+def test_a_part_that_the_weights_lack_starts_afresh_and_one_beside_is_left_out(run, make_cases, tune, tmp_path):
+    flags = [word for name, value in ENERGY.items() for word in (f"--{name}", value)]
+    first = run(TRAIN, "--data_dir", make_cases(tmp_path / "data"), "--results_dir", "first", *flags, "--max_steps", 1)
+    assert first.code == 0, first.err
+    result = tune("--init", "first/savedmodel.pt", "--presence_channels", 8, "--max_steps", 1)
+    assert result.code == 0 and result.err == "", result.err
+    assert "the other weights of the network are those of first/savedmodel.pt; the optimiser, presence (not in" \
+           " first/savedmodel.pt) start afresh" in result.out
+    before, after = (checkpoint.load(tmp_path / folder / "savedmodel.pt") for folder in ("first", "tuned"))
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"presence"}
+    assert before.keys() - after.keys() == {"head.empty.weight", "head.empty.bias"}
+    assert same_weights({name: before[name] for name in before.keys() & after.keys()},
+                        {name: after[name] for name in before.keys() & after.keys()})
+    refused(tune("--init", "first/savedmodel.pt", "--presence_channels", 8, "--latent_size", 5, "--max_steps", 1,
+                 "--results_dir", "other"), "another architecture", "modulation")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.loops import make_cases, make_loop
 from helpers.models import energy_flags, make_energy
+from scipy import ndimage
 
 from guided_diffusion import logger
 from guided_diffusion.data.masks import to_masks
@@ -177,3 +178,63 @@ def test_no_pattern_of_the_blocks_of_pixels_is_left_in_a_mask():
         head.out.bias.data.copy_(torch.tensor(bias))
         logits = head.draw(torch.randn(2, 8, 8, 8), torch.randn(2, 16), torch.randn(2, 4), torch.randn(2, 3, 8, 8))
         torch.testing.assert_close(logits[:, 1:-1, 1:-1], torch.full((2, 14, 14), expected))
+
+
+def of_part(model, part):
+    return {name: value.clone() for name, value in model.state_dict().items() if name.startswith(f"{part}.")}
+
+
+def test_presence_has_a_network_of_its_own_whose_loss_reaches_no_other(tmp_path):
+    """Two scans that only a number in them tells apart: one that a quarter of the raters mark, one that all do."""
+    cases = make_cases(count=2, raters=4)
+    for case, marked in zip(cases, (1, 4)):
+        case.image[:] = marked / 4
+        case.raters[:marked], case.raters[marked:] = True, False
+    logger.configure(tmp_path)
+    method = make_energy(presence_channels=8, energy_loss="whether")
+    before = {part: of_part(method.model, part) for part in ("network", "head", "presence")}
+    make_loop(tmp_path, method, cases, lr=0.01, max_steps=150, log_interval=50).run_loop()
+    logger.close()
+    for part, weights in before.items():
+        same = [torch.equal(value, method.model.state_dict()[name]) for name, value in weights.items()]
+        assert not any(same) if part == "presence" else all(same)
+    method.eval()
+    logits = method.model.whether(torch.stack([torch.from_numpy(case.image) for case in cases]))
+    assert abs(logits[0].sigmoid().item() - 0.75) < 0.1 and logits[1].sigmoid().item() < 0.1
+
+    method = make_energy(presence_channels=8, energy_loss="both").eval()
+    batch = next(make_loop("unused", method, cases).data.batches(2))
+    batch = batch._replace(image=batch.image / 255.0, masks=batch.masks.float())
+    method(batch).terms["whether"].sum().backward()
+    assert {name.split(".")[0] for name, p in method.model.named_parameters() if p.grad is not None} == {"presence"}
+    where = make_energy(presence_channels=8, energy_loss="where").eval()
+    torch.testing.assert_close(where(batch).terms["loss"], method(batch).terms["where"])
+
+
+def test_drawn_masks_have_no_crumbs():
+    method = make_energy()
+    method.model.head.empty.bias.data.fill_(-30.0)
+    method.model.head.out.weight.data *= 300  # ragged
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    rows = [(scan, f"case{scan}", member) for scan in range(2) for member in range(8)]
+
+    def drawn(**flags):
+        method_ = drawer(method, **flags)
+        return method_.draw(method_.encode(images), rows, seed=1).numpy()
+
+    as_it_is, cleaned = drawn(), drawn(smallest_part=0.3)
+    for before, after in zip(as_it_is, cleaned):
+        parts, count = ndimage.label(before > 0.5, np.ones((3, 3)))
+        sizes = np.bincount(parts.ravel())[1:]
+        small = np.isin(parts, 1 + np.flatnonzero(sizes < 0.3 * sizes.max()))
+        assert not after[small].any() and (after[~small] == before[~small]).all()
+    assert ((as_it_is > 0.5) & (cleaned < 0.5)).any((1, 2)).sum() > 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(presence_channels=12), "--presence_channels 12: must be a multiple of 8, or 0"),
+    (dict(energy_loss="whether"), "--energy_loss whether: the head says whether and where"),
+    (dict(energy_loss="whether", presence_channels=8, energy_draws=4), "--energy_draws 4")])
+def test_flags_of_presence_that_do_not_fit_are_refused(flags, words):
+    with pytest.raises(InputError, match=words):
+        make_energy(**flags)
