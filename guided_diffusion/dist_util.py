@@ -37,8 +37,8 @@ def setup_dist(ngpu: int = 0, local_rank: int | None = None, timeout: float = 60
         than 1, the script starts itself again that many times, and leaves with their exit code.
     :param local_rank: what old launchers pass as a flag; newer ones set LOCAL_RANK, which wins.
     :param timeout: seconds to wait for processes to join, and later until one that hangs ends the run.
+    :param apart: for those: one that dies does not end the others.
     :param program: the words that start this program again with all its flags; None for python and this script.
-    :param apart: start it so that a process that dies does not end the others.
     :raises InputError: if they do not join, or there are more of them than GPUs.
     """
     global watch
@@ -100,26 +100,6 @@ def _join(timeout):
         joined.set()
 
 
-def _launch(ngpu, program):
-    """Run the words of a program in so many processes under torchrun; returns the exit code of the run."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    def pass_on(number, frame):
-        raise SignalException(f"signal {number}", signal.Signals(number))
-
-    if hasattr(signal, "SIGUSR1"):  # torchrun passes on the others by itself
-        signal.signal(signal.SIGUSR1, pass_on)
-    try:
-        run(parse_args(["--standalone", f"--nproc_per_node={ngpu}", "--no-python", *program]))
-    except SignalException as stop:
-        return 128 + stop.sigval
-    except ChildFailedError as error:
-        return max(1, *(failure.exitcode for failure in error.failures.values()))
-    return 0
-
-
 def _launch_apart(ngpu, program):
     """Run the words of a program in so many processes that end by themselves; returns the exit code of rank 0."""
     with socket.socket() as probe:
@@ -142,6 +122,26 @@ def _launch_apart(ngpu, program):
     if killed := [f"rank {rank} (process {processes[rank].pid})" for rank, code in enumerate(codes) if code < 0]:
         print(f"{program_name()}: {', '.join(killed)} did not end by itself", file=sys.stderr, flush=True)
     return codes[0] if codes[0] >= 0 else 128 - codes[0]
+
+
+def _launch(ngpu, program):
+    """Run the words of a program in so many processes under torchrun; returns the exit code of the run."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    def pass_on(number, frame):
+        raise SignalException(f"signal {number}", signal.Signals(number))
+
+    if hasattr(signal, "SIGUSR1"):  # torchrun passes on the others by itself
+        signal.signal(signal.SIGUSR1, pass_on)
+    try:
+        run(parse_args(["--standalone", f"--nproc_per_node={ngpu}", "--no-python", *program]))
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except ChildFailedError as error:
+        return max(1, *(failure.exitcode for failure in error.failures.values()))
+    return 0
 
 
 def launch_rank() -> int:
