@@ -94,7 +94,7 @@ def runs(environment, make_cases, trained, tmp_path):
 
     def start(folder, *flags):
         command = [sys.executable, SAMPLE, "--data_dir", data, "--model_path", trained / "savedmodel.pt",
-                   "--timestep_respacing", 40, "--num_ensemble", 3, "--batch_size", 4, "--visdom_port", 0,
+                   "--timestep_respacing", 30, "--num_ensemble", 3, "--batch_size", 4, "--visdom_port", 0,
                    "--results_dir", tmp_path / folder, *flags]
         started.append(subprocess.Popen(list(map(str, command)), env=environment, cwd=tmp_path, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
@@ -109,10 +109,10 @@ def runs(environment, make_cases, trained, tmp_path):
         process.communicate()
 
 
-def wait_for(condition, seconds=PATIENCE):
-    end = time.monotonic() + seconds
+def wait_for(condition, process):
+    end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end
+        assert time.monotonic() < end and process.poll() is None
         time.sleep(0.01)
 
 
@@ -125,7 +125,7 @@ def test_launches_that_share_a_folder_outlive_one_that_is_killed_and_one_that_st
     folder = tmp_path / "shared"
     for number in (signal.SIGKILL, signal.SIGSTOP):
         process = runs("shared", "--dist_timeout", 2)
-        wait_for(lambda process=process: leases_of(folder, process))
+        wait_for(lambda process=process: leases_of(folder, process), process)
         os.kill(process.pid, number)
     said, wrong = runs("shared", "--dist_timeout", 2).communicate(timeout=PATIENCE)
     assert wrong == "" and "24 cases from" in said and "segmentation_evaluate.py" in said
@@ -140,7 +140,7 @@ def test_launches_that_share_a_folder_outlive_one_that_is_killed_and_one_that_st
 def test_of_ngpu_processes_one_that_is_killed_costs_no_case_and_no_score(runs, tmp_path, rank):
     run = runs("two", "--ngpu", 2, "--evaluate", "True")
     alone = runs("alone", "--evaluate", "True")
-    wait_for(lambda: len([*(tmp_path / "two").glob(".drawn*")]) > 4)
+    wait_for(lambda: len([*(tmp_path / "two").glob(".drawn*")]) > 4, run)
     children = open(f"/proc/{run.pid}/task/{run.pid}/children").read().split()
     os.kill(int(children[rank]), signal.SIGKILL)
     said, wrong = run.communicate(timeout=PATIENCE)
