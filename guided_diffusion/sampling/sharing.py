@@ -77,7 +77,9 @@ class SharedCases(contextlib.AbstractContextManager):
         self._mine.discard(i)
 
     def clean(self, names: Iterable[str]) -> None:
-        """Remove leases that dead processes have left of cases and volumes whose results are there."""
+        """Remove what dead processes have left: parts of files, and leases of cases and volumes, whose results are
+        there."""
+        storage.remove_partial(self.folder)
         for path in {self.path(name).rpartition("/")[2] for name in names} & storage.names_in(self.folder):
             with contextlib.suppress(OSError):
                 storage.remove(storage.join(self.folder, path))
