@@ -23,7 +23,7 @@ def wires(monkeypatch):
         for _ in range(count):
             inner, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             switch.taps.append(inner.fileno())
-            outer.settimeout(0.3)
+            outer.settimeout(5)
             ends.append(outer)
             made.extend([inner, outer])
         made.append(switch.closed)
@@ -41,6 +41,7 @@ def frame(target, source, text=b""):
 def heard(end):
     """Everything that arrives at an end until nothing does for a while."""
     found = []
+    end.settimeout(0.5)
     try:
         while True:
             found.append(end.recv(100))
