@@ -229,6 +229,21 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """Tensors of every rank on the CPU, concatenated in the order of ranks; the first axis may be of any length."""
+    return torch.cat(all_gather_objects(tensor.cpu()))
+
+
+def all_reduce_in_bf16(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook for DistributedDataParallel: the mean over ranks of a bucket of gradients, sent as bfloat16.
+
+    As torch's own bf16_compress_hook, which DDP takes with NCCL only; gloo can do the same.
+    """
+    gradients = bucket.buffer()
+    sent = gradients.to(torch.bfloat16).div_(dist.get_world_size())
+    return dist.all_reduce(sent, async_op=True).get_future().then(lambda done: gradients.copy_(done.value()[0]))
+
+
 @contextlib.contextmanager
 def all_ranks_or_none() -> Iterator[None]:
     """An InputError that any rank meets inside is raised on every rank, so that none waits for one that left; it names

@@ -214,6 +214,12 @@ def _check_ranges(job, args, given):
         raise InputError(f"--fp16_scale_growth {args.fp16_scale_growth}: must be above 0")
     if values.get("microbatch", -1) != -1 and values["microbatch"] < 1:
         raise InputError(f"--microbatch {args.microbatch}: must be at least 1, or -1 for whole batches")
+    if values.get("global_batch") and args.grad_accumulation != 1:
+        raise InputError(f"--global_batch {args.global_batch} and --grad_accumulation {args.grad_accumulation}: choose"
+                         f" one; the first takes as many batches as it needs")
+    if "lr_scaling" in values and (args.lr_scaling == "none") != (args.lr_base_batch == 0):
+        raise InputError(f"--lr_scaling {args.lr_scaling} and --lr_base_batch {args.lr_base_batch}: give both, the rule"
+                         f" and the examples a step that --lr is meant for, or neither")
     if values.get("class_cond"):
         raise InputError("--class_cond True: cases hold no class labels; use create_model(class_cond=True) from Python")
     if values.get("visdom_server"):
