@@ -2,14 +2,19 @@
 
 import argparse
 import difflib
+import hashlib
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from .. import dist_util
+import numpy as np
+import torch
+
+from .. import __version__, dist_util
 from ..flags import FLAGS, defaults, identity_flags, idle_flags, load_plugins, settle
 from ..live.client import split_address
 from ..methods import METHODS
@@ -179,14 +184,22 @@ def start_script(job: str, description: str) -> tuple[SimpleNamespace, dict[str,
     with dist_util.all_ranks_or_none():
         if problem:
             raise problem
-    flags = {name: str(value) for name, value in vars(args).items() if name != "local_rank"}
-    first, *others = dist_util.all_gather_objects(flags)
-    for number, other in enumerate(others, 1):
-        unlike = [f"--{name} ({first[name]} on rank 0, {other.get(name)} on rank {number})"
-                  for name in first if other.get(name) != first[name]]
-        if unlike:
-            raise InputError(f"{', '.join(unlike)}: give every process the same flags", on_every_rank=True)
+    if dist_util.world_size() > 1:
+        dist_util.refuse_unlike(installation(getattr(args, "plugin", "")), "give every process the same installation")
+        dist_util.refuse_unlike({f"--{name}": str(value) for name, value in vars(args).items() if name != "local_rank"},
+                                "give every process the same flags")
     return args, given
+
+
+def installation(plugins: str = "") -> dict[str, str]:
+    """What this process runs, by name: versions, and digests of the code of this package and of --plugin."""
+    code = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        code.update(repr((path.relative_to(root).as_posix(), path.read_bytes())).encode())
+    own = hashlib.sha256(b"".join(Path(path).read_bytes() for path in filter(None, plugins.split(","))))
+    return {"torch": torch.__version__, "numpy": np.__version__, "guided_diffusion": __version__,
+            "code of guided_diffusion": code.hexdigest()[:12], "code of --plugin": own.hexdigest()[:12]}
 
 
 def _check_ranges(job, args, given):

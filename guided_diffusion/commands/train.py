@@ -68,6 +68,9 @@ def main() -> None:
                              f" {dist_util.world_size()} processes; give more, or start fewer")
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
+    dist_util.refuse_unlike({"the checkpoint to go on from": str(resume_from and os.path.basename(resume_from))},
+                            f"--results_dir {folder} must be the same folder for every process")
+    with dist_util.all_ranks_or_none():
         check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
         if args.image_channels == "auto":
             args.image_channels = given["image_channels"] = count_channels(args.data_dir, options=vars(args))
@@ -90,6 +93,11 @@ def main() -> None:
                        progress=first, options=vars(args))
         held_out = read(args.val_dir, flag="--val_dir") if args.val_dir else None
         cases = read(args.data_dir)
+    for flag, part in (("data_dir", cases), ("val_dir", held_out)):
+        if part and dist_util.world_size() > 1:
+            dist_util.refuse_unlike(part.digests(), f"--{flag} {getattr(args, flag)} must hold the same for every"
+                                                    f" process")
+    with dist_util.all_ranks_or_none():
         if held_out:
             manifest.refuse_shared(cases.cases, held_out.cases, args.data_dir, args.val_dir)
         refuse_unused(vars(args), cases.readers_used | (held_out.readers_used if held_out else set()), args.data_dir)

@@ -50,6 +50,10 @@ try:
     message = "nothing was raised"
 except InputError as error:
     message = str(error)
+try:
+    dist_util.refuse_unlike({"torch": f"2.{rank}", "cases": "7"}, "give both the same")
+except InputError as error:
+    message += f"; {error}"
 open(f"{sys.argv[1]}/rank{rank}.txt", "w").write(f"{steps} {message}")
 dist_util.cleanup()
 """
@@ -169,10 +173,11 @@ def test_an_input_error_of_all_processes_is_printed_once_and_ends_the_run(proces
     assert not (tmp_path / "results").exists()
 
 
-def test_ranks_share_losses_stop_together_and_fail_together(environment, tmp_path):
-    env = {**environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def test_ranks_of_slurm_share_losses_stop_together_and_fail_together(environment, tmp_path):
+    env = {**environment, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
+           "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
     ranks = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stderr=subprocess.PIPE, text=True,
-                              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+                              env={**env, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in range(2)]
     errors = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
     first, second = (checkpoint.load(tmp_path / f"sampler{rank}.pt") for rank in range(2))
@@ -184,7 +189,8 @@ def test_ranks_share_losses_stop_together_and_fail_together(environment, tmp_pat
     assert ((seen == steps) | (seen == 2 * steps)).all() and (seen == steps).any() and (seen == 2 * steps).any()
     assert first["p"][-1] > 5 * first["p"][0]
     notes = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)]
-    assert notes[0] == notes[1] and notes[0].endswith(" only rank 1 sees this")
+    assert notes[0] == notes[1] and notes[0].endswith(
+        " only rank 1 sees this; torch (2.0 on rank 0, 2.1 on rank 1): give both the same")
     assert int(notes[0].split()[0]) >= 3
 
 
