@@ -23,6 +23,7 @@ from ..presets import PRESETS
 from ..system import storage
 from ..system.errors import InputError
 from ..system.flag import Flag, check_value, parse_numbers, several
+from ..system.launchers import launch_rank
 from ..system.terminal import program_name
 from .program import add_version, again, as_called
 
@@ -198,7 +199,7 @@ def installation(plugins: str = "") -> dict[str, str]:
     for path in sorted(root.rglob("*.py")):
         code.update(repr((path.relative_to(root).as_posix(), path.read_bytes())).encode())
     own = hashlib.sha256(b"".join(Path(path).read_bytes() for path in filter(None, plugins.split(","))))
-    return {"torch": torch.__version__, "numpy": np.__version__, "guided_diffusion": __version__,
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "guided_diffusion": __version__,
             "code of guided_diffusion": code.hexdigest()[:12], "code of --plugin": own.hexdigest()[:12]}
 
 
@@ -305,7 +306,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if dist_util.launch_rank() == 0 or not error.on_every_rank:
+        if launch_rank() == 0 or not error.on_every_rank:
             print(f"{program_name()}: error: {error}", file=sys.stderr, flush=True)
         dist_util.cleanup(failed=not error.on_every_rank)
         sys.exit(2)

@@ -40,8 +40,9 @@ def complete_environment() -> None:
                 os.environ.setdefault(name, value)
     if _several_machines() and "GLOO_SOCKET_IFNAME" not in os.environ:
         # else gloo takes the address that /etc/hosts has for this machine's name, which may be its own loopback
-        with contextlib.suppress(OSError):
-            os.environ["GLOO_SOCKET_IFNAME"] = interface_of(routed_address(os.environ.get("MASTER_ADDR", ELSEWHERE)))
+        with contextlib.suppress(OSError, KeyError):
+            names = {address: name for name, address in interfaces().items()}
+            os.environ["GLOO_SOCKET_IFNAME"] = names[routed_address(os.environ.get("MASTER_ADDR", ELSEWHERE))]
 
 
 def _several_machines():
@@ -54,31 +55,33 @@ def _several_machines():
 def routed_address(other: str = ELSEWHERE) -> str:
     """The IPv4 address that this machine has on its way to another one; nothing is sent.
 
-    To itself that is the address others know, not what /etc/hosts may have for its name. OSError if there is none.
+    To itself that is the address others know, not what /etc/hosts may have for its name: the one on the way out, or its
+    only one. OSError if there is none.
     """
-    found = {}
     for host in (other, ELSEWHERE):
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))
-            found[host] = probe.getsockname()[0]
-            if not found[host].startswith("127."):
-                return found[host]
-    raise OSError(f"no way from {socket.gethostname()} to {other}")
+            address = probe.getsockname()[0]
+            if not address.startswith("127."):
+                return address
+    outside = [address for address in interfaces().values() if not address.startswith("127.")]
+    if len(outside) != 1:
+        raise OSError(f"no way from {socket.gethostname()} to {other}, and {len(outside)} addresses to choose from")
+    return outside[0]
 
 
-def interface_of(address: str) -> str:
-    """The name of the network interface that has an IPv4 address; OSError if none has, or off Linux."""
-    if not sys.platform.startswith("linux"):
-        raise OSError("interfaces are looked up on Linux only")
-    import fcntl
+def interfaces() -> dict[str, str]:
+    """The IPv4 address of each network interface that has one, by its name; {} off Linux."""
+    found = {}
+    if sys.platform.startswith("linux"):
+        import fcntl
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # one without an address
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
-    raise OSError(f"no interface has the address {address}")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # one without an address
+                    answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                    found[name] = socket.inet_ntoa(answer[20:24])
+    return found
 
 
 def known_address(name: str) -> str:

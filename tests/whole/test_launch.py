@@ -4,17 +4,18 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 from helpers.files import ROOT
-from helpers.processes import HERE, MPIEXEC, PATIENCE, free_port, training
+from helpers.processes import HERE, MPIEXEC, PATIENCE, TRAIN, free_port, training
 
 from guided_diffusion import checkpoint
 from guided_diffusion.commands.cli import parse_flags
 
 LAUNCH = ROOT / "scripts" / "launch"
-# srun runs one task, and passes signals on; scontrol notes what it is told
+# srun runs one task, and passes signals on; scontrol notes what it is told; cimd-train is that of this checkout
 FAKES = {"srun": """#!/bin/bash
 export SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1
 "$@" &
@@ -25,6 +26,8 @@ kill -0 $task 2>/dev/null && { wait $task; code=$?; }
 exit $code
 """, "scontrol": """#!/bin/bash
 echo "$@" >> "$TOLD"
+""", "cimd-train": f"""#!/bin/sh
+exec {shlex.quote(sys.executable)} {shlex.quote(TRAIN)} "$@"
 """}
 
 
