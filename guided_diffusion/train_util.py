@@ -1,6 +1,7 @@
 """One training step, and the loop around it."""
 
 import contextlib
+import signal
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -155,8 +156,8 @@ class TrainLoop:
 
     # ---- the loop ----
 
-    def run_loop(self) -> int | None:
-        """Train until the end, or until a signal asks to stop. Returns the signal that stopped it."""
+    def run_loop(self) -> signal.Signals | None:
+        """Train until the end, or until a signal asks to stop. Returns the signal that stopped it, on whatever rank."""
         self.overdue = any(self.tell("overdue"))
         if self.end and self.step >= self.end and not self.overdue:
             logger.log(f"step {self.step} is reached already; more --max_steps (or --lr_anneal_steps) would go on")
@@ -182,8 +183,9 @@ class TrainLoop:
                 if logs or scores:
                     bar.set_postfix(self.log(scores, losses=logs), refresh=False)
                 self.tell("turned", logs)
+            asked = max(dist_util.all_gather_objects(int(self.signals.received or 0)))
             self.tell("end")
-        return self.signals.received
+        return signal.Signals(asked) if asked else None
 
     def _next(self, batches):
         self.tell("doing", "waiting for data")
