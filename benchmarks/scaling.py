@@ -33,7 +33,7 @@ PROCESSES, TRACED = (1, 2), (1, 2, 4)
 WIRES = ("float32", "bfloat16")
 FEWEST = 8  # cases of the smaller data set that is traced
 TINY = ("--image_size 16 --fit resize --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --num_heads 1"
-        " --attention_resolutions 8 --num_filters 8,16 --diffusion_steps 10 --sample_interval 0 --max_steps 1").split()
+        " --attention_resolutions 8 --num_filters 8,16 --diffusion_steps 30 --sample_interval 0 --max_steps 1").split()
 
 
 def launched(count, *words):
@@ -114,7 +114,7 @@ def operations(count, cases):
     """System calls that name a file under --data_dir, of all processes of a start with so many cases."""
     with tempfile.TemporaryDirectory() as folder:
         data, trace = Path(folder, "the_cases"), Path(folder, "trace")
-        phantoms.write_cases(data, cases, 0, 16)
+        phantoms.write_cases(data, cases, 0, 32)
         subprocess.run(["strace", "-f", "-qq", "-s", "300", "-e", "trace=%file", "-o", trace,
                         *launched(count, str(ROOT / "scripts" / "segmentation_train.py"), "--data_dir", str(data),
                                   "--results_dir", f"{folder}/results", *TINY)], check=True, stdout=subprocess.DEVNULL)
