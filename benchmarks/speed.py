@@ -9,7 +9,9 @@ memory: the peak of sampling 16 masks at once; loader: examples as the training 
 files at every visit. Variants alternate, so that other work on the machine weighs on all of them. Times are medians
 over --rounds; a ratio is the median of the rounds' own ratios to the first variant, above 1 if better. unet and
 training measure the ceilings (products, and 3x3 convolutions with channels last) in their rounds, too, for their
-shares. Weights are random. Written to --output_dir: speed.md, speed.json (all rounds), speed.png (the ratios).
+shares. With --scaling instead: efficiency on paper, a training step on 1 and 2 processes, and what 1, 2 and 4 ask of a
+file system at their start, see scaling.py; written to scaling.md and scaling.json. Weights are random. Written to
+--output_dir: speed.md, speed.json (all rounds), speed.png (the ratios).
 """
 
 import argparse
@@ -26,6 +28,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import scaling
 import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,19 +63,25 @@ def main():
     torch.set_num_threads(args.threads)
     if args.only_memory:
         return print(json.dumps(peak_of_sampling(args)))
+    if args.only_steps:
+        return scaling.timed_steps(args)
     storage.make_folder(args.output_dir, "--output_dir")
-    text, parts = machine(args), {}
+    text, parts, known = machine(args), {}, SCALING if args.scaling else PARTS
+    name = "scaling" if args.scaling else "speed"
     print(text)
-    for part in args.parts:
-        title, parts[part], remark = PARTS[part](args)
+    for part in known if args.scaling else args.parts:
+        title, parts[part], remark = known[part](args)
         names = [name for name in parts[part][0] if name != "rounds"]
         table = evaluation.markdown([["", *names[1:]], *([cell(row[name]) for name in names] for row in parts[part])])
         print(f"\n## {title}\n\n{table}\n\n{remark}", flush=True)
         text += f"\n\n## {title}\n\n{table}\n\n{remark}"
         data = json.dumps({"machine": machine(args), "flags": vars(args), "parts": parts}, indent=1).encode()
-        for name, content in ("speed.md", f"{text}\n".encode()), ("speed.json", data), ("speed.png", draw(parts)):
-            storage.write_bytes(Path(args.output_dir, name), content)
-    print(f"\nwritten to {args.output_dir}: speed.md, speed.json, speed.png")
+        files = {f"{name}.md": f"{text}\n".encode(), f"{name}.json": data}
+        if not args.scaling:
+            files["speed.png"] = draw(parts)
+        for file, content in files.items():
+            storage.write_bytes(Path(args.output_dir, file), content)
+    print(f"\nwritten to {args.output_dir}: {', '.join(files)}")
 
 
 def parse_args():
@@ -86,6 +95,8 @@ def parse_args():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA,
                         help="also measure torch.compile, in the unet part (default: on CUDA only)")
+    parser.add_argument("--scaling", action="store_true", help="measure how training scales, and nothing else")
+    parser.add_argument("--only-steps", choices=scaling.WIRES, help="as one process of --scaling, print its step")
     parser.add_argument("--output_dir", default="results/speed", help="default %(default)s")
     parser.add_argument("--only-memory", choices=DTYPES, help="print bytes before and at the peak of 16 masks, no more")
     args = parser.parse_args()
@@ -403,6 +414,7 @@ def measure_loader(args):
     return "Loading training examples", rows, f"{count} phantoms, five JPEG files each; one process."
 
 
+SCALING = {"paper": scaling.on_paper, "steps": scaling.measure_steps, "files": scaling.measure_files}
 PARTS = {"ceilings": measure_ceilings, "unet": measure_unet, "profile": measure_profile, "training": measure_training,
          "ensemble": measure_ensemble, "one_pass": measure_one_pass, "memory": measure_memory, "loader": measure_loader}
 

@@ -1,4 +1,4 @@
-"""Processes, ranks and devices: one script under python, torch.distributed.launch, torchrun or mpiexec."""
+"""Processes, ranks and devices: one script under python, torch.distributed.launch, torchrun, mpiexec or srun."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import logger
-from .system import packages, rank_watch
+from .system import launchers, rank_watch
 from .system.errors import InputError
 from .system.terminal import program_name
 
@@ -30,8 +30,8 @@ def setup_dist(ngpu: int = 0, local_rank: int | None = None, timeout: float = 60
                program: Sequence[str] | None = None, apart: bool = False) -> None:
     """Join the processes that the launcher started; alone, do nothing.
 
-    Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, ... in the environment) and mpiexec (through
-    mpi4py, imported only then). NCCL with CUDA, gloo without.
+    Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, ... in the environment), mpiexec (through
+    mpi4py, imported only then) and srun. NCCL with CUDA, gloo without.
 
     :param ngpu: the number of processes the user asked for, 0 for as many as there are. Started alone with more
         than 1, the script starts itself again that many times, and leaves with their exit code.
@@ -39,13 +39,13 @@ def setup_dist(ngpu: int = 0, local_rank: int | None = None, timeout: float = 60
     :param timeout: seconds to wait for processes to join, and later until one that hangs ends the run.
     :param apart: for those: one that dies does not end the others.
     :param program: the words that start this program again with all its flags; None for python and this script.
-    :raises InputError: if they do not join, or there are more of them than GPUs.
+    :raises InputError: if they do not join, their launchers contradict each other, or there are more of them than
+        GPUs.
     """
     global watch
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    if "WORLD_SIZE" not in os.environ and _mpi_size() > 1:
-        _environment_from_mpi()
+    launchers.complete_environment()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if ngpu > 1 and "WORLD_SIZE" not in os.environ:
         launch = _launch_apart if apart else _launch
@@ -57,6 +57,8 @@ def setup_dist(ngpu: int = 0, local_rank: int | None = None, timeout: float = 60
     if torch.cuda.is_available():
         # asked of the number of processes, not of this one's own GPU: rank 0, which speaks to the user, must see it too
         processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
+        if os.environ.get("SLURM_GPUS_PER_TASK") == "1" and torch.cuda.device_count() == 1:
+            local_rank, processes = 0, 1  # each task sees its own GPU alone
         if processes > torch.cuda.device_count():
             raise InputError(f"{processes} processes on a machine with {torch.cuda.device_count()} GPU(s) visible;"
                              f" start at most that many (--nproc_per_node, or --ngpu)", on_every_rank=True)
@@ -66,15 +68,18 @@ def setup_dist(ngpu: int = 0, local_rank: int | None = None, timeout: float = 60
         torch.set_num_threads(max(1, _cpus() // local_size))
     if world_size > 1 and not dist.is_initialized():
         _join(timeout)
-        watch = rank_watch.connect(rank(), world_size, os.environ["MASTER_ADDR"], all_gather_objects, timeout)
+        watch = rank_watch.connect(rank(), world_size, launchers.known_address(os.environ["MASTER_ADDR"]),
+                                   all_gather_objects, timeout)
         if watch is None and rank() == 0:
             logger.log("ranks cannot reach rank 0 on a port of its own: one that hangs will not be noticed")
 
 
 def _join(timeout):
+    if os.environ.get("MASTER_ADDR"):
+        launchers.refuse_unknown_host(os.environ["MASTER_ADDR"])
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     apart = (f"the processes could not join at {where} within --dist_timeout {timeout:g} seconds; was each of them"
-             f" started, with the same address?")
+             f" started, with the same address, and does no firewall stand between them?")
 
     joined = threading.Event()
 
@@ -144,43 +149,6 @@ def _launch(ngpu, program):
     return 0
 
 
-def launch_rank() -> int:
-    """The rank the launcher gave this process, known before the processes have joined."""
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
-
-
-def _mpi_size():
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):  # Open MPI; MPICH, Intel MPI and their kin
-        if name in os.environ:
-            return int(os.environ[name])
-    return 1
-
-
-def _environment_from_mpi():
-    """Set the variables that torchrun would have set."""
-    packages.require("mpi4py", "mpiexec")
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    if world.rank == 0:
-        one_machine = local.size == world.size
-        address = "127.0.0.1" if one_machine else socket.gethostbyname(socket.getfqdn())
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-    else:
-        address = port = None
-    where = bytearray(f"{address} {port}".encode().ljust(300))  # as bytes, which need no pickle
-    world.Bcast(where)
-    address, port = where.decode().split()
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local.rank),
-                      LOCAL_WORLD_SIZE=str(local.size), MASTER_ADDR=address, MASTER_PORT=port)
-
-
 def _cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -243,6 +211,21 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def refuse_unlike(facts: dict[str, str], remedy: str) -> None:
+    """Compare what every rank says, by name, with what rank 0 says.
+
+    :raises InputError: on every rank, naming the first rank that says otherwise, its machine if it is another, and what
+        differs.
+    """
+    (home, first), *others = all_gather_objects([socket.gethostname(), facts])
+    for number, (host, other) in enumerate(others, 1):
+        where = "" if host == home else f" of {host}"
+        unlike = [f"{name} ({first.get(name)} on rank 0, {other.get(name)} on rank {number}{where})"
+                  for name in {**first, **other} if other.get(name) != first.get(name)]
+        if unlike:
+            raise InputError(f"{', '.join(unlike)}: {remedy}", on_every_rank=True)
+
+
 def all_gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, as a list in the order of ranks: numbers, strings, tensors, and lists and dicts of them.
 
@@ -268,6 +251,21 @@ def all_gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """Tensors of every rank on the CPU, concatenated in the order of ranks; the first axis may be of any length."""
+    return torch.cat(all_gather_objects(tensor.cpu()))
+
+
+def all_reduce_in_bf16(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook for DistributedDataParallel: the mean over ranks of a bucket of gradients, sent as bfloat16.
+
+    As torch's own bf16_compress_hook, which DDP takes with NCCL only; gloo can do the same.
+    """
+    gradients = bucket.buffer()
+    sent = gradients.to(torch.bfloat16).div_(dist.get_world_size())
+    return dist.all_reduce(sent, async_op=True).get_future().then(lambda done: gradients.copy_(done.value()[0]))
 
 
 @contextlib.contextmanager

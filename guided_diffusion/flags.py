@@ -14,6 +14,7 @@ from .data.intensities import WORDS
 from .data.readers import READERS
 from .data.windows import WINDOWS
 from .gaussian_diffusion import SCHEDULES
+from .learning_rate import SCALINGS
 from .methods import METHODS
 from .metrics import PATIENT_PATTERN, SCORES
 from .networks import NETWORKS
@@ -52,7 +53,19 @@ _COMMON = [
     Flag("lr_warmup", int, 0, "bring the learning rate linearly from 0 to lr over the first so many steps (0: do not)",
          "training", least=0),
     Flag("max_steps", int, 0, "stop after so many steps (0: go on until stopped with Ctrl-C)", "training", least=0),
-    Flag("batch_size", int, 1, "examples per process and step", "training", least=1, most=10 ** 6),
+    Flag("lr_scaling", tuple(SCALINGS), "none", "how the learning rate grows with the examples of a step, which are so"
+         f" many times lr_base_batch. {'; '.join(f'{name}: {rule.help}' for name, rule in SCALINGS.items())}",
+         "training"),
+    Flag("lr_base_batch", int, 0, "the examples a step, over all processes, that lr is meant for; with lr_scaling",
+         "training", least=0, most=10 ** 9),
+    Flag("batch_size", int, 1, "examples that a process sees at once", "training", least=1, most=10 ** 6),
+    Flag("grad_accumulation", int, 1, "batches of batch_size that each process sees a step", "training", least=1,
+         most=10 ** 6),
+    Flag("global_batch", int, 0, "examples a step over all processes, however many there are: they share them as evenly"
+         " as they can, in batches of batch_size (0: batch_size x grad_accumulation x processes)", "training", least=0,
+         most=10 ** 9),
+    Flag("wire_dtype", ("float32", "bfloat16"), "float32", "numbers in which processes send each other their gradients;"
+         " bfloat16 halves what is sent, and rounds the gradients to 8 bits", "training"),
     Flag("augment", str, "", "change training examples at random, at every visit anew: any of these names, separated by"
          f" commas. {AUGMENTATIONS.words()}", "training"),
     Flag("window", tuple(WINDOWS), "uniform", "with --fit tile, where the window of image_size lies that a scan is seen"

@@ -1,6 +1,7 @@
 """One training step, and the loop around it."""
 
 import contextlib
+import signal
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import dist_util, logger
 from .data.noise import seed_dropout
 from .data.stream import Batch, ShuffledCases, to_floats
+from .learning_rate import SCALINGS
 from .methods.base import Losses, Method
 from .muon import MuonAdamW
 from .networks.base import copy_sharing_frozen, train_mode
@@ -37,8 +39,13 @@ class TrainLoop:
 
     def __init__(self, method: Method, data: ShuffledCases, settings: Settings, callbacks: Sequence[Callback] = ()):
         self.method, self.data, self.settings, self.callbacks = method, data, settings, list(callbacks)
-        self.microbatch = settings.microbatch if settings.microbatch > 0 else settings.batch_size
-        self.global_batch = settings.batch_size * dist_util.world_size()
+        self.microbatch = min(size for size in (settings.batch_size, settings.microbatch) if size > 0)
+        rank, ranks = dist_util.rank(), dist_util.world_size()
+        self.global_batch = settings.global_batch or settings.batch_size * settings.grad_accumulation * ranks
+        # this rank's part of a global batch, as even as can be
+        self.share = range(rank * self.global_batch // ranks, (rank + 1) * self.global_batch // ranks)
+        growth = self.global_batch / (settings.lr_base_batch or self.global_batch)
+        self.lr = settings.lr * SCALINGS[settings.lr_scaling].factor(growth)
         self.end = min([n for n in (settings.max_steps, settings.lr_anneal_steps) if n], default=0)
         self.trained = [p for p in method.parameters() if p.requires_grad]
         self.device = self.trained[0].device
@@ -60,6 +67,8 @@ class TrainLoop:
         self.ddp = method
         if dist.is_initialized():
             self.ddp = DistributedDataParallel(method, gradient_as_bucket_view=True)
+            if settings.wire_dtype == "bfloat16":
+                self.ddp.register_comm_hook(None, dist_util.all_reduce_in_bf16)
         self.meter = Meter(method.parts, self.device)
 
     def tell(self, event: str, *args: Any, **kwargs: Any) -> list:
@@ -78,16 +87,18 @@ class TrainLoop:
         self.position += self.global_batch
 
     def forward_backward(self, batch: Batch) -> Losses:
-        """Accumulate the gradient of the mean loss of the batch, one microbatch at a time. Returns detached losses."""
+        """Accumulate the gradient of the mean loss of the global batch, one microbatch at a time. Returns detached
+        losses of this rank's part."""
         self.optimizer.zero_grad()
         parts, size = [], len(batch.places)
+        mean = self.global_batch / dist_util.world_size()  # over ranks, of which DDP takes the mean, shares may differ
         for start in range(0, size, self.microbatch):
             last = start + self.microbatch >= size
             wait = self.ddp.no_sync() if self.ddp is not self.method and not last else contextlib.nullcontext()
             with wait:
                 with torch.autocast(self.device.type, self.settings.dtype, enabled=self.settings.dtype is not None):
                     losses = self.ddp(batch.rows(slice(start, start + self.microbatch)))
-                loss = (losses.terms["loss"] * losses.weights).sum() / size
+                loss = (losses.terms["loss"] * losses.weights).sum() / mean
                 self.scaler.scale(loss).backward()
             self.meter.add(losses)
             parts.append(losses)
@@ -118,7 +129,7 @@ class TrainLoop:
         """The learning rate of the step that follows so many."""
         warmup, anneal = self.settings.lr_warmup, self.settings.lr_anneal_steps
         rising = min((step + 1) / warmup, 1) if warmup else 1
-        return self.settings.lr * rising * max(1 - step / anneal if anneal else 1, 0)
+        return self.lr * rising * max(1 - step / anneal if anneal else 1, 0)
 
     def _average(self):
         """Take the newest weights into the averages, unless the step that should have made them was skipped. It is done
@@ -145,15 +156,14 @@ class TrainLoop:
 
     # ---- the loop ----
 
-    def run_loop(self) -> int | None:
-        """Train until the end, or until a signal asks to stop. Returns the signal that stopped it."""
+    def run_loop(self) -> signal.Signals | None:
+        """Train until the end, or until a signal asks to stop. Returns the signal that stopped it, on whatever rank."""
         self.overdue = any(self.tell("overdue"))
         if self.end and self.step >= self.end and not self.overdue:
             logger.log(f"step {self.step} is reached already; more --max_steps (or --lr_anneal_steps) would go on")
         stop_agreed = dist_util.StopFlag()
         self.tell("begin")
-        batches = self.data.batches(
-            self.settings.batch_size, dist_util.rank(), dist_util.world_size(), self.position)
+        batches = self.data.batches(len(self.share), self.position + self.share.start, self.global_batch)
         bar = progress(desc="training", total=self.end or None, initial=self.step, enabled=dist_util.rank() == 0)
         train_mode(self.method)
         with self.signals, bar:
@@ -173,8 +183,9 @@ class TrainLoop:
                 if logs or scores:
                     bar.set_postfix(self.log(scores, losses=logs), refresh=False)
                 self.tell("turned", logs)
+            asked = max(dist_util.all_gather_objects(int(self.signals.received or 0)))
             self.tell("end")
-        return self.signals.received
+        return signal.Signals(asked) if asked else None
 
     def _next(self, batches):
         self.tell("doing", "waiting for data")

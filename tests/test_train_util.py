@@ -14,7 +14,7 @@ from helpers.loops import Memory, batch, logged, make_cases, make_loop, next_flo
 from helpers.models import SIZE, MeanOutline, assert_same, awake, make_cimd, weights
 from torch import nn
 
-from guided_diffusion import checkpoint, logger
+from guided_diffusion import checkpoint, dist_util, logger
 from guided_diffusion.data.cases import Case
 from guided_diffusion.data.stream import ShuffledCases
 from guided_diffusion.methods.base import Losses
@@ -63,6 +63,49 @@ def test_microbatch_is_the_most_that_the_network_sees_at_once(tmp_path):
     make_loop(tmp_path, cimd, batch_size=5, microbatch=2).forward_backward(batch())
     make_loop(tmp_path, cimd, batch_size=5).forward_backward(batch())
     assert sizes == [2, 2, 1, 5]
+
+
+def test_accumulated_batches_train_as_one_of_all_their_examples_and_resume_exactly(tmp_path):
+    """Bit for bit as microbatches of one large batch; the network never sees more than one batch."""
+    def train(name, steps, again=False, **settings):
+        cimd, sizes, folder = make_cimd(), set(), tmp_path / name
+        cimd.model.register_forward_pre_hook(lambda module, args: sizes.add(len(args[0])))
+        folder.mkdir(exist_ok=True)
+        loop = make_loop(folder, cimd, max_steps=steps, lr=1e-3, **settings)
+        if again:
+            resume(loop, folder / "savedmodel.pt")
+        loop.run_loop()
+        return loop, sizes
+
+    one, _ = train("one", 4, batch_size=6, microbatch=2)
+    many, sizes = train("many", 4, batch_size=2, grad_accumulation=3)
+    assert sizes == {2} and many.position == one.position == 24
+    train("stopped", 2, batch_size=2, grad_accumulation=3)
+    resumed, _ = train("stopped", 4, again=True, batch_size=3, grad_accumulation=2, microbatch=2)
+    fixed, sizes = train("fixed", 4, batch_size=2, global_batch=6)
+    assert sizes == {2}
+    for other in (many, resumed, fixed):
+        assert_same(weights(other.method), weights(one.method))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_a_global_batch_is_shared_as_evenly_as_can_be(tmp_path, monkeypatch, ranks):
+    monkeypatch.setattr(dist_util, "world_size", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(dist_util, "rank", lambda rank=rank: rank)
+        loop = make_loop(tmp_path, MeanOutline(), global_batch=5)
+        assert loop.global_batch == 5
+        shares.append(loop.share)
+    assert [place for share in shares for place in share] == list(range(5))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("rule, rate", [("none", 1e-3), ("linear", 4e-3), ("sqrt", 2e-3)])
+def test_learning_rate_follows_the_examples_of_a_step_by_the_rule(tmp_path, rule, rate):
+    loop = make_loop(tmp_path, lr=1e-3, batch_size=2, grad_accumulation=4, lr_scaling=rule, lr_warmup=2,
+                     lr_base_batch=0 if rule == "none" else 2)
+    assert [loop.learning_rate(step) for step in range(3)] == pytest.approx([rate / 2, rate, rate])
 
 
 def test_gradient_is_that_of_the_mean_of_weight_times_loss(tmp_path):
@@ -167,7 +210,7 @@ def test_same_seed_trains_the_same_weights_and_another_seed_others(tmp_path):
 def test_batches_of_two_ranks_are_together_those_of_one_with_twice_the_size():
     cases = make_cases(count=7)
     one = ShuffledCases(cases, seed=3).batches(6, start=12)
-    two = [ShuffledCases(cases, seed=3).batches(3, rank=rank, world_size=2, start=12) for rank in range(2)]
+    two = [ShuffledCases(cases, seed=3).batches(3, start=12 + 3 * rank, stride=6) for rank in range(2)]
     for step in range(5):
         whole = next(one)
         parts = [next(part) for part in two]

@@ -2,14 +2,19 @@
 
 import argparse
 import difflib
+import hashlib
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from .. import dist_util
+import numpy as np
+import torch
+
+from .. import __version__, dist_util
 from ..flags import FLAGS, defaults, identity_flags, idle_flags, load_plugins, settle
 from ..live.client import split_address
 from ..methods import METHODS
@@ -18,6 +23,7 @@ from ..presets import PRESETS
 from ..system import storage
 from ..system.errors import InputError
 from ..system.flag import Flag, check_value, parse_numbers, several
+from ..system.launchers import launch_rank
 from ..system.terminal import program_name
 from .program import add_version, again, as_called
 
@@ -179,14 +185,22 @@ def start_script(job: str, description: str) -> tuple[SimpleNamespace, dict[str,
     with dist_util.all_ranks_or_none():
         if problem:
             raise problem
-    flags = {name: str(value) for name, value in vars(args).items() if name != "local_rank"}
-    first, *others = dist_util.all_gather_objects(flags)
-    for number, other in enumerate(others, 1):
-        unlike = [f"--{name} ({first[name]} on rank 0, {other.get(name)} on rank {number})"
-                  for name in first if other.get(name) != first[name]]
-        if unlike:
-            raise InputError(f"{', '.join(unlike)}: give every process the same flags", on_every_rank=True)
+    if dist_util.world_size() > 1:
+        dist_util.refuse_unlike(installation(getattr(args, "plugin", "")), "give every process the same installation")
+        dist_util.refuse_unlike({f"--{name}": str(value) for name, value in vars(args).items() if name != "local_rank"},
+                                "give every process the same flags")
     return args, given
+
+
+def installation(plugins: str = "") -> dict[str, str]:
+    """What this process runs, by name: versions, and digests of the code of this package and of --plugin."""
+    code = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        code.update(repr((path.relative_to(root).as_posix(), path.read_bytes())).encode())
+    own = hashlib.sha256(b"".join(Path(path).read_bytes() for path in filter(None, plugins.split(","))))
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "guided_diffusion": __version__,
+            "code of guided_diffusion": code.hexdigest()[:12], "code of --plugin": own.hexdigest()[:12]}
 
 
 def _check_ranges(job, args, given):
@@ -214,6 +228,12 @@ def _check_ranges(job, args, given):
         raise InputError(f"--fp16_scale_growth {args.fp16_scale_growth}: must be above 0")
     if values.get("microbatch", -1) != -1 and values["microbatch"] < 1:
         raise InputError(f"--microbatch {args.microbatch}: must be at least 1, or -1 for whole batches")
+    if values.get("global_batch") and args.grad_accumulation != 1:
+        raise InputError(f"--global_batch {args.global_batch} and --grad_accumulation {args.grad_accumulation}: choose"
+                         f" one; the first takes as many batches as it needs")
+    if "lr_scaling" in values and (args.lr_scaling == "none") != (args.lr_base_batch == 0):
+        raise InputError(f"--lr_scaling {args.lr_scaling} and --lr_base_batch {args.lr_base_batch}: give both, the rule"
+                         f" and the examples a step that --lr is meant for, or neither")
     if values.get("class_cond"):
         raise InputError("--class_cond True: cases hold no class labels; use create_model(class_cond=True) from Python")
     if values.get("visdom_server"):
@@ -286,7 +306,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if dist_util.launch_rank() == 0 or not error.on_every_rank:
+        if launch_rank() == 0 or not error.on_every_rank:
             print(f"{program_name()}: error: {error}", file=sys.stderr, flush=True)
         dist_util.cleanup(failed=not error.on_every_rank)
         sys.exit(2)

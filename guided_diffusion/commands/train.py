@@ -73,8 +73,14 @@ def train(held: contextlib.ExitStack) -> int | None:
         torch.use_deterministic_algorithms(True)
 
     with dist_util.all_ranks_or_none():
+        if 0 < args.global_batch < dist_util.world_size():
+            raise InputError(f"--global_batch {args.global_batch}: is less than an example for each of the"
+                             f" {dist_util.world_size()} processes; give more, or start fewer")
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
+    dist_util.refuse_unlike({"the checkpoint to go on from": str(resume_from and os.path.basename(resume_from))},
+                            f"--results_dir {folder} must be the same folder for every process")
+    with dist_util.all_ranks_or_none():
         check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
         if args.image_channels == "auto":
             args.image_channels = given["image_channels"] = count_channels(args.data_dir, options=vars(args))
@@ -97,6 +103,11 @@ def train(held: contextlib.ExitStack) -> int | None:
                        progress=first, options=vars(args))
         held_out = read(args.val_dir, flag="--val_dir") if args.val_dir else None
         cases = read(args.data_dir)
+    for flag, part in (("data_dir", cases), ("val_dir", held_out)):
+        if part and dist_util.world_size() > 1:
+            dist_util.refuse_unlike(part.digests(), f"--{flag} {getattr(args, flag)} must hold the same for every"
+                                                    f" process")
+    with dist_util.all_ranks_or_none():
         if held_out:
             manifest.refuse_shared(cases.cases, held_out.cases, args.data_dir, args.val_dir)
         refuse_unused(vars(args), cases.readers_used | (held_out.readers_used if held_out else set()), args.data_dir)
@@ -115,7 +126,6 @@ def train(held: contextlib.ExitStack) -> int | None:
     network = "U-Net" if args.network == "unet" else args.network
     logger.log(f"{len(cases)} cases from {args.data_dir}, {cases.kept}; {network} of {count(method.model):.1f} million"
                f" parameters; {world_size} process(es) on {dist_util.dev()}")
-    logger.log(f"batch size {args.batch_size} per process, {args.batch_size * world_size} in all")
 
     validation = make_validation(args, cases, held_out, dtype) if args.sample_interval else None
     checkpoints = Checkpoints(folder, args.save_interval, args.keep_checkpoints, args.save_patience)
@@ -124,6 +134,7 @@ def train(held: contextlib.ExitStack) -> int | None:
                      Settings.from_flags(args, dtype), [
         RanksWatched(), *owned, BadSteps(args.max_bad_steps), *filter(None, [validation]), Best(folder),
         checkpoints])
+    logger.log(what_a_step_takes(loop))
     if resume_from:
         with dist_util.all_ranks_or_none():
             resume(loop, resume_from, same_run=not args.resume_checkpoint)
@@ -153,6 +164,24 @@ def make_validation(args: SimpleNamespace, cases: SegmentationCases, held_out: S
     return Validation(held_out or cases, lambda network: create_method(flags, network, training=False), dtype,
                       args.val_cases if held_out else SHOWN, args.seed, args.sample_interval, scored=bool(held_out),
                       window=args.window if args.fit == "tile" else None)
+
+
+def what_a_step_takes(loop: TrainLoop) -> str:
+    """The batches and the learning rate of a step, in words."""
+    settings, processes = loop.settings, dist_util.world_size()
+    shares = sorted({loop.global_batch // processes, -(-loop.global_batch // processes)})
+    words = [f"batch size {settings.batch_size} per process"]
+    if shares != [settings.batch_size]:
+        words.append(f"{' or '.join(map(str, shares))} examples of each process a step, in parts of at most"
+                     f" {loop.microbatch}")
+    words.append(f"{loop.global_batch} in all")
+    if settings.lr_scaling != "none":
+        words.append(f"the learning rate of {settings.lr:g} for {settings.lr_base_batch} is {loop.lr:g}"
+                     f" ({settings.lr_scaling})")
+    if settings.wire_dtype == "bfloat16":
+        words.append("gradients sent as bfloat16" if processes > 1 else
+                     "--wire_dtype has no effect, since one process sends no gradients")
+    return ", ".join(words)
 
 
 def announce_drawing(validation: Validation, loop: TrainLoop) -> None:

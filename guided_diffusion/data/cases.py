@@ -163,6 +163,17 @@ class SegmentationCases:
             deque(self._checked(everything, shows), 0)
             return None, f"decoded at every visit: {path} cannot be written ({error.strerror or error})"
 
+    def digests(self) -> dict[str, str]:
+        """What processes that are to read the same compare, by name: the number of cases, a hash of their names, and
+        one of eight of them as they were decoded, spread over all."""
+        shown = hashlib.sha256()
+        for i in range(0, len(self), -(-len(self) // 8)):
+            image, packed = self.compact(i)
+            shown.update(repr((image.shape, str(image.dtype), packed.shape)).encode())
+            shown.update(np.ascontiguousarray(image).tobytes() + np.ascontiguousarray(packed).tobytes())
+        return {"number of cases": str(len(self)), "names of cases": digest_of(f.name for f in self.cases)[:12],
+                "contents of cases": shown.hexdigest()[:12]}
+
     def _key(self):
         """A hash of everything that the decoded cases follow from: names, sizes and times of the files, settings."""
         options = {name: self.readers.options[name] for name in sorted(self.readers_used)}

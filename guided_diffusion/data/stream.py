@@ -1,5 +1,6 @@
 """The training stream: cases in random order, each with the masks of all its raters, as batches on the device."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -71,16 +72,15 @@ class ShuffledCases:
             self._shuffled = epoch, order
         return int(order[place])
 
-    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> Iterator[Batch]:
-        """Endless batches of this rank, read ahead of their use. See to_floats.
+    def batches(self, batch_size: int, start: int = 0, stride: int = 0) -> Iterator[Batch]:
+        """Endless batches, read ahead of their use. See to_floats.
 
-        `start` is the position of the first global batch; rank r takes the r-th part of each global batch.
+        :param start: the position of the first example.
+        :param stride: positions from one batch to the next, what other ranks take included (0: batch_size).
         """
         def positions():
-            first = start + rank * batch_size
-            while True:
+            for first in itertools.count(start, stride or batch_size):
                 yield range(first, first + batch_size)
-                first += world_size * batch_size
 
         def read(positions):
             images, raters = zip(*(self[position] for position in positions))

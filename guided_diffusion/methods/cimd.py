@@ -123,8 +123,8 @@ class CIMD(Method):
 
     def after_step(self, losses: Losses) -> None:
         if self.schedule_sampler.learns:
-            self.schedule_sampler.update(dist_util.all_gather(losses.seen["timestep"]),
-                                         dist_util.all_gather(losses.terms["loss"]))
+            self.schedule_sampler.update(dist_util.all_gather_rows(losses.seen["timestep"]),
+                                         dist_util.all_gather_rows(losses.terms["loss"]))
 
     def training_networks(self) -> dict[str, nn.Module]:
         return {} if self.posterior is None else {"posterior": self.posterior, "prior": self.prior}

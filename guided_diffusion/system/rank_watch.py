@@ -162,7 +162,7 @@ def connect(rank: int, world_size: int, address: str, gather: Callable[[Any], li
             ) -> RankWatch | None:
     """Start the watch of a rank; None where the ranks cannot reach rank 0's machine.
 
-    :param address: of rank 0's machine; gather: the function that gathers an object from every rank.
+    :param address: of rank 0's machine, as rank 0 knows it; gather: what gathers an object from every rank.
     """
     listener, port, token = None, None, secrets.token_hex(16)
     with contextlib.suppress(OSError):
@@ -170,7 +170,7 @@ def connect(rank: int, world_size: int, address: str, gather: Callable[[Any], li
             family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
             listener = socket.create_server(where, family=family, backlog=world_size)
             port = listener.getsockname()[1]
-    port, token = gather((port, token))[0]
+    port, token, address = gather((port, token, address))[0]
     peers = {}
     with contextlib.suppress(OSError):
         if rank > 0 and port:

@@ -86,11 +86,11 @@ class Meter:
         for name, total in zip(self.sums, sums):
             values[name] = sum(total) / max(sum(counts), 1)
             values.update({f"{name}_{part}": s / n for part, s, n in zip(self.parts, total, counts) if n})
-        seconds = time.perf_counter() - self.since
-        if self.examples:
-            values["images_per_second"] = self.examples * dist_util.world_size() / max(seconds, 1e-9)
-        here = {"waiting_for_data": self.waited / max(seconds, 1e-9), "memory_gb": peak_memory(self.device) / 1e9}
-        ranks = dist_util.all_gather_objects(here)
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        here = {"waiting_for_data": self.waited / seconds, "memory_gb": peak_memory(self.device) / 1e9}
+        examples, ranks = zip(*dist_util.all_gather_objects([self.examples, here]))
+        if any(examples):
+            values["images_per_second"] = sum(examples) / seconds
         values.update({name: max(rank[name] for rank in ranks) for name in here})
         if restart:
             self.restart()

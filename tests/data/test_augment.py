@@ -102,7 +102,7 @@ def test_seed_and_place_decide(example):
 def test_augmented_stream_does_not_depend_on_how_it_is_shared_or_where_it_is_entered():
     cases = make_cases(count=7, raters=[1, 2, 3, 1, 2, 3, 4])
     one = ShuffledCases(cases, 3, EVERYTHING).batches(4)
-    two = [ShuffledCases(cases, 3, EVERYTHING).batches(2, rank, 2) for rank in range(2)]
+    two = [ShuffledCases(cases, 3, EVERYTHING).batches(2, 2 * rank, 4) for rank in range(2)]
     plain = ShuffledCases(cases, 3).batches(4)
     for _ in range(3):
         whole, parts, before = next(one), [next(part) for part in two], next(plain)

@@ -65,7 +65,8 @@ def test_an_item_has_the_masks_of_all_raters_in_their_order():
 def test_global_batches_are_the_same_for_any_number_of_ranks(world_size, batch_size, start):
     stream = ShuffledCases(Numbered(10, 3), seed=4)
     whole = [number(stream[p][0]) for p in range(start, start + 36)]
-    ranks = [stream.batches(batch_size, rank, world_size, start) for rank in range(world_size)]
+    ranks = [stream.batches(batch_size, first, world_size * batch_size)
+             for first in range(start, start + world_size * batch_size, batch_size)]
     got, places = [], []
     for _ in range(3):
         for batches in ranks:

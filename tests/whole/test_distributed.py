@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers.loops import make_loop
+from helpers.models import make_cimd
 from helpers.processes import MPIEXEC, PATIENCE, SAMPLE, TRAIN, free_port, read_until, training
 from PIL import Image
 
@@ -48,6 +50,10 @@ try:
     message = "nothing was raised"
 except InputError as error:
     message = str(error)
+try:
+    dist_util.refuse_unlike({"torch": f"2.{rank}", "cases": "7"}, "give both the same")
+except InputError as error:
+    message += f"; {error}"
 open(f"{sys.argv[1]}/rank{rank}.txt", "w").write(f"{steps} {message}")
 dist_util.cleanup()
 """
@@ -167,10 +173,11 @@ def test_an_input_error_of_all_processes_is_printed_once_and_ends_the_run(proces
     assert not (tmp_path / "results").exists()
 
 
-def test_ranks_share_losses_stop_together_and_fail_together(environment, tmp_path):
-    env = {**environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def test_ranks_of_slurm_share_losses_stop_together_and_fail_together(environment, tmp_path):
+    env = {**environment, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
+           "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
     ranks = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stderr=subprocess.PIPE, text=True,
-                              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+                              env={**env, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in range(2)]
     errors = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
     first, second = (checkpoint.load(tmp_path / f"sampler{rank}.pt") for rank in range(2))
@@ -182,7 +189,8 @@ def test_ranks_share_losses_stop_together_and_fail_together(environment, tmp_pat
     assert ((seen == steps) | (seen == 2 * steps)).all() and (seen == steps).any() and (seen == 2 * steps).any()
     assert first["p"][-1] > 5 * first["p"][0]
     notes = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)]
-    assert notes[0] == notes[1] and notes[0].endswith(" only rank 1 sees this")
+    assert notes[0] == notes[1] and notes[0].endswith(
+        " only rank 1 sees this; torch (2.0 on rank 0, 2.1 on rank 1): give both the same")
     assert int(notes[0].split()[0]) >= 3
 
 
@@ -217,6 +225,50 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(environment
     line, = [line for line in outs[0].splitlines() if "is skipped" in line]
     assert line.startswith(f"step 2 is skipped: the loss is not finite for {outs[0].split()[-1]} at timestep")
     assert line.endswith("on rank 1") and line.count("rank") == 1 and "is skipped" not in outs[1]
+
+
+SHARED = """
+import sys
+from helpers.loops import make_loop
+from helpers.models import make_cimd
+from guided_diffusion import checkpoint, dist_util, logger
+
+dist_util.setup_dist()
+logger.configure(enabled=False)
+for name, settings in (("uneven", {}), ("rounded", {"wire_dtype": "bfloat16"})):
+    loop = make_loop(sys.argv[1], make_cimd(), global_batch=5, max_steps=2, lr=1e-3, **settings)
+    places, run_step = [], loop.run_step
+    loop.run_step = lambda batch, run_step=run_step: (places.append(batch.places), run_step(batch))
+    loop.callbacks = []
+    loop.run_loop()
+    checkpoint.save(f"{sys.argv[1]}/{name}{dist_util.rank()}.pt", {
+        "weights": loop.method.state_dict(), "gradient": [p.grad for p in loop.trained],
+        "places": places})
+dist_util.cleanup()
+"""
+
+
+def test_a_global_batch_that_ranks_cannot_share_evenly_trains_as_in_one_process_also_with_gradients_sent_as_bf16(
+        environment, tmp_path):
+    env = {**environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [subprocess.Popen([sys.executable, "-c", SHARED, str(tmp_path)], stderr=subprocess.PIPE, text=True,
+                              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    one = make_loop(tmp_path, make_cimd(), global_batch=5, max_steps=2, lr=1e-3)
+    before = {name: value.clone() for name, value in one.method.state_dict().items()}
+    one.callbacks = []
+    one.run_loop()
+    expected = one.method.state_dict()
+    for name in ("uneven", "rounded"):
+        first, second = (checkpoint.load(tmp_path / f"{name}{rank}.pt") for rank in range(2))
+        assert (first["places"], second["places"]) == ([[0, 1], [5, 6]], [[2, 3, 4], [7, 8, 9]])
+        assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in expected)
+        moved, apart = (sum((first["weights"][key] - other[key]).abs().sum() for key in expected)
+                        for other in (before, expected))
+        assert apart < (1e-3 if name == "uneven" else 0.1) * moved  # Adam makes steps of gradients near 0, too
+        sent = all(torch.equal(grad, grad.bfloat16().float()) for grad in first["gradient"])
+        assert sent == (name == "rounded")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -225,6 +226,26 @@ def test_a_rank_without_data_is_named(processes, make_cases, tiny, tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     line, = [line for line in result.stderr.splitlines() if "error: " in line]
     assert "on rank 1: --data_dir data: no such folder" in line
+    make_cases(tmp_path / "elsewhere" / "data", count=1)
+    line, = [line for line in processes(*command).stderr.splitlines() if "error: " in line]
+    assert "number of cases (2 on rank 0, 1 on rank 1), " in line and "--data_dir data must hold the same" in line
+    shutil.rmtree(tmp_path / "elsewhere" / "data")
+    make_cases(tmp_path / "elsewhere" / "data", seed=1)
+    line, = [line for line in processes(*command).stderr.splitlines() if "error: " in line]
+    assert "names of cases" not in line and "contents of cases (" in line and not (tmp_path / "results").exists()
+
+
+@pytest.mark.long
+def test_a_rank_that_sees_another_results_folder_is_named(processes, run, make_cases, tiny, tmp_path):
+    data = make_cases(tmp_path / "data")
+    flags = training(data, "results", tiny, "--visdom_port", 0)
+    assert run("segmentation_train.py", *flags).code == 0
+    (tmp_path / "elsewhere").mkdir()
+    result = processes(MPIEXEC, "-n", 1, sys.executable, TRAIN, *flags, ":", "-wdir", tmp_path / "elsewhere", "-n", 1,
+                       sys.executable, TRAIN, *flags)
+    line, = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert "the checkpoint to go on from (savedmodel000003.pt on rank 0, None on rank 1)" in line
+    assert result.returncode == 2 and "--results_dir results must be the same folder" in line
 
 
 # ---- whole runs ----
