@@ -18,16 +18,18 @@ from .base import LeftOut, PreparedCase, Source, Unit
 from .splits import PATIENT_PATTERN, checked
 
 FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP")  # that no reader needs to take
+MISSING_MASKS = Flag("missing_masks", ("leave_out", "empty", "skip"), "leave_out", "what it means that a rater has no"
+                     " file for a case. leave_out: nothing is known, and the case is left out; empty: the rater marked"
+                     " nothing; skip: the rater did not see the case", "the cases")
+FOREGROUND = Flag("foreground", str, "", "values of a mask that are foreground, as in 1,2 (default: of pictures what is"
+                  " above half of full scale, of volumes what is above 0)", "the cases")
 FLAGS = [
     Flag("images", several, [], "where the images are below INPUT, as in 'scans/{case}.tif': {case} is what names the"
          " case, {patient} its patient, and * is anything. Several patterns are channels", "pictures"),
     Flag("masks", several, [], "where the masks are, a pattern a rater, as in 'a/{case}-a.gif' 'b/{case}-b.png'; or one"
          " with {rater}, as in 'masks/{case}_{rater}.png'", "pictures"),
-    Flag("missing_masks", ("leave_out", "empty", "skip"), "leave_out", "what it means that a rater has no file for a"
-         " case. leave_out: nothing is known, and the case is left out; empty: the rater marked nothing; skip: the"
-         " rater did not see the case", "pictures"),
-    Flag("foreground", str, "", "values of a mask that are foreground, as in 1,2 (default: what is above half of full"
-         " scale)", "pictures"),
+    MISSING_MASKS,
+    FOREGROUND,
     PATIENT_PATTERN,
 ]
 
