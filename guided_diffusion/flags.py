@@ -122,7 +122,8 @@ _COMMON = [
     Flag("ensemble_sizes", str, "4,16,50,100", "also score ensembles of these sizes, made of the masks in their order",
          "scoring"),
     Flag("patient_pattern", str, PATIENT_PATTERN, "regular expression for the patient in the name of a case; intervals"
-         " resample patients. By default all up to the end of the first number", "scoring"),
+         " resample patients. By default they are those of manifest.csv, else all up to the end of the first number",
+         "scoring"),
 
     Flag("foreground", str, "", "values of label maps that are foreground, as in 1,2,4 (default: of pictures what is"
          " above half of full scale; of NIfTI, DICOM and .npy what is above 0)", "reading"),

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import dist_util
+from ..data import manifest
 from ..data.case_files import CaseFiles, find_cases
 from ..data.cases import read_ahead
 from ..data.readers.base import Readers, refuse_unused
@@ -47,7 +48,7 @@ def score(args: SimpleNamespace, given: dict[str, Any]) -> None:
         members = ensembles.find([case.name for case in cases], args.skip_missing)
         sizes = sizes_of(args, given, members)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
-                                ensembles.independent(members))
+                                ensembles.independent(members), known_patients(cases, given))
         storage.make_folder(folder, "--output_dir")
 
     def read(case):
@@ -73,7 +74,7 @@ def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
         sizes = sizes_of(args, given, *found)
         independent = [folder.independent(members) for folder, members in zip(folders, found)]
         compared = comparison.Comparison(args.folders, independent, sizes, args.patient_pattern, dist_util.dev(),
-                                         vars(args))
+                                         vars(args), known_patients(both, given))
         if args.output_dir:
             storage.make_folder(args.output_dir, "--output_dir")
 
@@ -110,6 +111,11 @@ def in_common(args: SimpleNamespace, cases: list[CaseFiles], found: list[dict[st
             lines += [f"left out, since only {folder} has their masks: {len(alone)} cases, {', '.join(alone[:3])}"
                       f"{' ...' if alone[3:] else ''}"]
     return both, lines
+
+
+def known_patients(cases: list[CaseFiles], given: dict[str, Any]) -> dict[str, str]:
+    """The patients that manifests name, by the names of the cases; none where --patient_pattern is given."""
+    return {} if "patient_pattern" in given else manifest.patients_of(cases)
 
 
 def sizes_of(args: SimpleNamespace, given: dict[str, Any], *members: dict[str, list]) -> list[int]:

@@ -70,6 +70,14 @@ def rows_of(cases: Iterable[CaseFiles]) -> dict[str, dict[str, str]]:
     return found
 
 
+def patients_of(cases: Iterable[CaseFiles]) -> dict[str, str]:
+    """The patients, or else the series, that manifests name, by the names of the cases; cases without are not there.
+
+    :raises InputError: as read.
+    """
+    return {name: whose for name, row in rows_of(cases).items() if (whose := row["patient"] or row["series"])}
+
+
 def identities(row: Mapping[str, str]) -> list[str]:
     """What cases of a row's patient have in common, in words: its patient, its series."""
     patient = [f"patient {row['patient']} of the source {row.get('source')}"] if row.get("patient") else []

@@ -32,23 +32,24 @@ class Evaluation:
     :param sizes: also score ensembles of so many members: those of a case in their order, cut into groups of that
         size, the scores averaged over the groups and a remainder left out.
     :param seed: of the resampled raters, which follow from (seed, case name) alone.
-    :param patient_pattern: see metrics.patient_of.
+    :param patient_pattern: see metrics.patient_of, for cases whose patient `patients` does not know.
     :param device: where to count.
     :param options: values of the scores' own flags, by name, see metrics.scores; other names are passed over.
     :param independent: whether the members of a case are independent draws; if not, the scores of
         metrics.FOR_INDEPENDENT_DRAWS, and calibration, are left out.
+    :param patients: by the names of cases, as data.manifest.patients_of has them.
     :raises InputError: for a pattern that is no regular expression, or a score that fails on empty masks.
     """
 
     def __init__(self, sizes: Iterable[int] = (), seed: int = 0, patient_pattern: str = metrics.PATIENT_PATTERN,
                  device: str | torch.device = "cpu", options: Mapping[str, Any] = MappingProxyType({}),
-                 independent: bool = True):
+                 independent: bool = True, patients: Mapping[str, str] = MappingProxyType({})):
         try:
             re.compile(patient_pattern)
         except re.error as error:
             raise InputError(f"--patient_pattern {patient_pattern}: is no regular expression ({error})") from None
         self.sizes, self.seed, self.patient_pattern, self.device = tuple(sizes), seed, patient_pattern, device
-        self.options, self.independent = options, independent
+        self.options, self.independent, self.known_patients = options, independent, patients
         self.names = metrics.score_names(independent)
         self.rows: list[ScoredCase] = []
         self.shown: list[tuple] = []  # (GED, name, image, raters, predictions) of the best and the worst, best first
@@ -87,7 +88,8 @@ class Evaluation:
 
     def patients(self) -> list[str]:
         """The patient of each row."""
-        return [metrics.patient_of(row.case, self.patient_pattern) for row in self.rows]
+        return [self.known_patients.get(row.case) or metrics.patient_of(row.case, self.patient_pattern)
+                for row in self.rows]
 
     def summary(self) -> dict[str, Any]:
         """All of it as JSON takes it: {"all": {"GED": {"mean", "low", "high"}, ...}, "4": ..., "references": ...,
