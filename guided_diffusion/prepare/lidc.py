@@ -160,6 +160,7 @@ class Lidc(Source):
                 picture, raters, facts = self._cut(image, raters, series.spacing, found[numbers[0]].centre[1:])
                 yield PreparedCase(case, picture, raters, {
                     **known, **facts, "image_uid": series.slices[place].uid, "slice": place,
+                    "volume": f"{name}-n{numbers[0]:02}" if self.size else name,  # of slices that lie on each other
                     "position": series.slices[place].position, "nodules": numbers,
                     "marked_by": sorted({mark.reader for mark in members
                                          if self.point_marks or len(mark.lesions[place])}),

@@ -22,6 +22,7 @@ from ..system import packages, storage, terminal
 from ..system.errors import InputError
 from ..system.flag import parse_numbers
 
+VOLUMES_FILE = "scores_volumes.csv"  # that volume_scores writes
 EXTREMES = 4  # cases in best.png and in worst.png
 
 
@@ -88,8 +89,11 @@ class Evaluation:
 
     def patients(self) -> list[str]:
         """The patient of each row."""
-        return [self.known_patients.get(row.case) or metrics.patient_of(row.case, self.patient_pattern)
-                for row in self.rows]
+        return [self.patient_of(row.case) for row in self.rows]
+
+    def patient_of(self, name: str) -> str:
+        """The patient of a case."""
+        return self.known_patients.get(name) or metrics.patient_of(name, self.patient_pattern)
 
     def summary(self) -> dict[str, Any]:
         """All of it as JSON takes it: {"all": {"GED": {"mean", "low", "high"}, ...}, "4": ..., "references": ...,
@@ -123,14 +127,16 @@ class Evaluation:
                         ("raters", [row.raters for row in self.rows]))}}
         return summary
 
-    def write(self, folder: str | Path) -> dict[str, Any]:
+    def write(self, folder: str | Path, volumes: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write scores.csv, scores.json, scores.png, best.png, worst.png and report.html; returns the summary.
 
-        Without matplotlib there is no scores.png, and no figure in report.html; one of earlier scores is removed.
+        Without matplotlib there is no scores.png, and no figure in report.html; one of earlier scores is removed. So is
+        scores_volumes.csv without `volumes`.
 
+        :param volumes: VolumeScores.summary, which joins the summary.
         :raises InputError: if a file cannot be written.
         """
-        summary = self.summary()
+        summary = self.summary() | ({"volumes": volumes} if volumes else {})
         figure = None
         if packages.is_installed("matplotlib"):
             from ..draw.plots import score_figure
@@ -144,6 +150,8 @@ class Evaluation:
             files[name] = montage.png(montage.stack(pages))
         files["report.html"] = page(self.rows, self.patients(), f"{counted(summary)}{left_out(summary)}",
                                     score_rows(summary), figure, self.independent)
+        if not volumes:
+            files[VOLUMES_FILE] = None
         for name, data in files.items():
             with writing(storage.join(folder, name)) as path:
                 if data is not None:
@@ -188,7 +196,7 @@ def score_table(summary: Mapping[str, Any]) -> str:
 
 def score_rows(summary: Mapping[str, Any]) -> list[list[list[str]]]:
     """The summary as tables, each a list of rows of words: every score with its interval beside the references', and
-    the means of sub-ensembles if there are any."""
+    the means of sub-ensembles and the scores of volumes, if there are any."""
     references = summary["references"]
     columns = {MODEL: summary[ALL], **{name: references[name][ALL] for name in references}}
     spread = {"GED": ged_title(summary)}
@@ -203,6 +211,10 @@ def score_rows(summary: Mapping[str, Any]) -> list[list[list[str]]]:
             rows += [[who, *(f"{scores[name]['mean']:.3f}" for name in names)] for who, scores in (
                 (size, summary[size]), (f"{size} {RATERS}", references[RATERS][size]))]
         tables.append(rows)
+    if "volumes" in summary:
+        scores = summary["volumes"]["scores"]
+        tables.append([[f"score of {summary['volumes']['volumes']} whole volumes", MODEL],
+                       *([spread.get(name, name), cell(score)] for name, score in scores.items())])
     return tables
 
 
@@ -234,7 +246,7 @@ def report(summary: Mapping[str, Any], folder: str | Path) -> str:
     files = [(what, storage.join(folder, name)) for what, name in (
         ("all cases, to look at", "report.html"), ("those of lowest GED", "best.png"),
         ("those of highest GED", "worst.png"), *[("charts", "scores.png")] * charts, ("every score", "scores.csv"),
-        ("means and intervals", "scores.json"))]
+        *[("those of volumes", VOLUMES_FILE)] * ("volumes" in summary), ("means and intervals", "scores.json"))]
     to_open = () if storage.is_remote(folder) else (
         "python", "-m", "webbrowser", Path(files[0][1]).absolute().as_uri())
     no_charts = "" if charts else f"no charts in {folder}: {packages.missing('scores.png', 'matplotlib')}\n\n"

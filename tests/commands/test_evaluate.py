@@ -91,6 +91,21 @@ def test_patients_are_those_of_the_manifest_unless_a_pattern_is_given(run, sampl
     assert "3 cases of 2 patients" in sample("drawn", "--evaluate", "True").out
 
 
+def test_whole_volumes_are_scored_beside_their_slices_where_asked(run, evaluate, data, tmp_path, undrawn):
+    names = sorted(case.name for case in data.iterdir())
+    predict(data, tmp_path / "masks", 2)
+    assert "--volumes True: neither the files" in evaluate("--volumes", "True").err
+    manifest.write(data / manifest.FILE, [{"case": name, "part": "", "patient": "p", "volume": name == names[0],
+                                           "slice": i} for i, name in enumerate(names)])
+    result = evaluate("--volumes", "True")
+    assert result.code == 0 and "score of 1 whole volumes" in result.out, result.err
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["volumes"]["left_out"] == ["False"]
+    assert sorted(tree(tmp_path / "scores")) == sorted([*FILES, "scores_volumes.csv"])
+    assert evaluate().code == 0 and sorted(tree(tmp_path / "scores")) == FILES  # none of earlier scores is left
+    assert "--volumes True: two folders" in run(SCRIPT.name, "masks", "masks", "--data_dir", data, "--volumes",
+                                                "True").err
+
+
 def test_sampling_and_scoring_give_what_sampling_with_scores_gives(run, evaluate, undrawn, data, trained, tmp_path):
     flags = ["--data_dir", data, "--model_path", trained / "savedmodel.pt", "--num_ensemble", 5, "--batch_size", 4,
              "--timestep_respacing", 3, "--seed", 7]
