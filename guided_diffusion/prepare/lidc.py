@@ -133,7 +133,8 @@ class Lidc(Source):
         sessions = sessions[:self.max_raters or None]
         marks, broken, problems = place_marks(series, sessions, self.unrated, self.point_marks)
         yield from (LeftOut(unit.name, problem) for problem in problems)
-        known = {"series": uid, "window": self.window, "tolerance": series.thickness, "sessions": len(sessions),
+        known = {"series": uid, "window": self.window, "tolerance": series.thickness,
+                 "slice_spacing": series.distance if series.levels[1:] else None, "sessions": len(sessions),
                  "xml": "; ".join(path.name for path in taken)}  # folders may be called by names of patients
         yield from self._cases(unit.name, series, marks, broken, known)
 

@@ -114,8 +114,8 @@ def places_of(cases: Iterable[CaseFiles]) -> dict[str, tuple[str, int]]:
     rows = manifest.rows_of(cases)
     places = {case.name: (case.volume, case.slice) for case in cases if case.volume}
     for name, row in rows.items():
-        if row.get("volume") and row["slice"].isdigit():
-            places[name] = row["volume"], int(row["slice"])
+        if place := manifest.place_of(row):
+            places[name] = place["volume"], place["slice"]
     if not places:
         raise InputError("--volumes True: neither the files of --data_dir nor its manifest.csv say which cases are"
                          " slices of one volume; leave it away")
