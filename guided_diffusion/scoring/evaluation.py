@@ -212,9 +212,10 @@ def score_rows(summary: Mapping[str, Any]) -> list[list[list[str]]]:
                 (size, summary[size]), (f"{size} {RATERS}", references[RATERS][size]))]
         tables.append(rows)
     if "volumes" in summary:
-        scores = summary["volumes"]["scores"]
-        tables.append([[f"score of {summary['volumes']['volumes']} whole volumes", MODEL],
-                       *([spread.get(name, name), cell(score)] for name, score in scores.items())])
+        whole = summary["volumes"]
+        lost = f", {len(whole['left_out'])} left out" if whole["left_out"] else ""
+        tables.append([[f"whole volumes: {whole['volumes']}{lost}", MODEL],
+                       *([spread.get(name, name), cell(score)] for name, score in whole["scores"].items())])
     return tables
 
 

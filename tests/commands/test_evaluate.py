@@ -98,7 +98,7 @@ def test_whole_volumes_are_scored_beside_their_slices_where_asked(run, evaluate,
     manifest.write(data / manifest.FILE, [{"case": name, "part": "", "patient": "p", "volume": name == names[0],
                                            "slice": i} for i, name in enumerate(names)])
     result = evaluate("--volumes", "True")
-    assert result.code == 0 and "score of 1 whole volumes" in result.out, result.err
+    assert result.code == 0 and "| whole volumes: 1, 1 left out" in result.out, result.err
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["volumes"]["left_out"] == ["False"]
     assert sorted(tree(tmp_path / "scores")) == sorted([*FILES, "scores_volumes.csv"])
     assert evaluate().code == 0 and sorted(tree(tmp_path / "scores")) == FILES  # none of earlier scores is left
