@@ -42,5 +42,5 @@ PRESETS.add("energy", "--method energy for the central 64 x 64 of 128 x 128 pixe
             " scan; two and a half hours of one CPU core; not scored from scratch")(
     """--method energy --image_size 128 --image_channels 1 --field_of_view 64 --pixel_unshuffle 2 --num_channels 64
     --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8 --use_scale_shift_norm False --batch_size 16
-    --presence_channels 32 --smallest_part 0.1 --energy_dummy 0.5 --optimizer muon --lr 1e-3 --lr_anneal_steps 10000
+    --presence_channels 16 --smallest_part 0.1 --energy_dummy 0.5 --optimizer muon --lr 1e-3 --lr_anneal_steps 10000
     --grad_clip 1 --weight_decay 0.1 --ema_rate 0.999 --augment flips,rot90,affine,intensity""")

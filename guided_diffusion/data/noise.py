@@ -29,12 +29,6 @@ def window_generator(seed: int, place: int) -> np.random.Generator:
     return np.random.default_rng([seed, 3, place])
 
 
-def mixing_weights(alpha: float, seed: int, places: Sequence[int]) -> np.ndarray:
-    """The weights of mixup of the examples at these places, of Beta(alpha, alpha); 1 for alpha 0. [N] float32."""
-    draws = [np.random.default_rng([seed, 4, place]).beta(alpha, alpha) if alpha else 1 for place in places]
-    return np.array(draws, np.float32)
-
-
 def step_noise(seed: int, places: Sequence[int], like: torch.Tensor) -> tuple[list[float], torch.Tensor]:
     """What picks the timesteps of the examples at these places, and their Gaussian noise.
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ..data.cases import Case
 from ..data.masks import without_crumbs
-from ..data.noise import MemberNoise, mixing_weights, spread_noise, step_noise
+from ..data.noise import MemberNoise, spread_noise, step_noise
 from ..data.stream import Batch
 from ..dist_util import dev, device_of
 from ..energy_score import energy_score
@@ -50,9 +50,6 @@ FLAGS = [
     Flag("head_width", int, 256, "width of the head's fully connected layers", "method", least=1, most=65536),
     Flag("presence_channels", int, 0, "channels of a small network of its own that says how probable an empty mask is,"
          f" a multiple of {GROUPS} (0: the head says it)", "method", least=0, most=1024),
-    Flag("presence_mixup", float, 0.0, "alpha of mixup: the network of --presence_channels learns from scans mixed with"
-         " the one before them in the microbatch, by weights of Beta(alpha, alpha) (0: from scans as they are)",
-         "training", least=0, most=100),
     Flag("smallest_part", float, 0.0, "leave out the parts of a drawn mask that are smaller than this share of its"
          " largest part (0: keep all)", "method", least=0, most=1),
     Flag("energy_loss", ("both", "whether", "where"), "both", "what is trained: whether (the network of"
@@ -163,7 +160,6 @@ class EnergyMethod(Method):
 
     :param draws: masks drawn of each scan in a step; dummy: see energy_score.soft_jaccard.
     :param trained: "whether", "where", or "both"; the weights of the other stay as they are.
-    :param mixup: alpha of mixup in the training of the network of presence.
     :param spread: whether the members of a case are spread evenly over the distribution, see data.noise.spread_noise.
     :param smallest_part: of a drawn mask that is kept, as a share of its largest part.
     """
@@ -172,13 +168,13 @@ class EnergyMethod(Method):
     cost = Cost(scan=1, mask=0)
 
     def __init__(self, model: MaskGenerator, draws: int = 8, dummy: float = 2.0, trained: str = "both",
-                 mixup: float = 0.0, spread: bool = True, smallest_part: float = 0.0):
+                 spread: bool = True, smallest_part: float = 0.0):
         super().__init__()
         if trained != "both":
             self.loss_names = ["loss", trained]
             for part in (model.network, model.head, model.presence):
                 part.requires_grad_((part is model.presence) == (trained == "whether"))
-        self.model, self.draws, self.dummy, self.mixup = freeze(model), draws, dummy, mixup
+        self.model, self.draws, self.dummy = freeze(model), draws, dummy
         self.independent, self.smallest_part, self.side = not spread, smallest_part, 0
 
     @classmethod
@@ -197,7 +193,7 @@ class EnergyMethod(Method):
             presence = (PresenceNetwork(flags.image_channels, flags.presence_channels) if flags.presence_channels
                         else None)
             model = MaskGenerator(NETWORKS[flags.network](seen, 0, features), head, flags.field_of_view, presence)
-        return (cls(model, flags.energy_draws, flags.energy_dummy, flags.energy_loss, flags.presence_mixup) if training
+        return (cls(model, flags.energy_draws, flags.energy_dummy, flags.energy_loss) if training
                 else cls(model, spread=flags.spread, smallest_part=flags.smallest_part))
 
     @classmethod
@@ -215,10 +211,8 @@ class EnergyMethod(Method):
 
     @classmethod
     def idle_flags(cls, flags: SimpleNamespace) -> dict[str, str]:
-        part = getattr(flags, "energy_loss", "both")
-        names = {"whether": ("energy_draws", "energy_dummy"), "where": ("presence_mixup",), "both": ()}[part]
-        idle = dict.fromkeys(names, f"with --energy_loss {part}")
-        return idle if flags.presence_channels else idle | {"presence_mixup": "without --presence_channels"}
+        idle = getattr(flags, "energy_loss", "both") == "whether"
+        return dict.fromkeys(("energy_draws", "energy_dummy"), "with --energy_loss whether") if idle else {}
 
     @classmethod
     def quick_flags(cls, flags: SimpleNamespace) -> dict:
@@ -236,16 +230,9 @@ class EnergyMethod(Method):
             features, summary = self.model.encode(batch.image)
             terms["where"] = share * self._where(batch, features, summary, marked)
         if "whether" in self.loss_names:
-            image, empty = self._mixed(batch, 1 - share) if self.mixup else (batch.image, 1 - share)
-            terms["whether"] = F.binary_cross_entropy_with_logits(self.model.whether(image, summary), empty,
+            terms["whether"] = F.binary_cross_entropy_with_logits(self.model.whether(batch.image, summary), 1 - share,
                                                                   reduction="none")
         return Losses({"loss": sum(terms.values()), **terms}, torch.ones_like(share))
-
-    def _mixed(self, batch, empty):
-        """mixup (Zhang et al. 2018, arXiv 1710.09412) of scans and of the shares of raters who mark nothing."""
-        kept = torch.from_numpy(mixing_weights(self.mixup, batch.seed, batch.places)).to(empty.device)
-        return tuple(kept.view(-1, *[1] * (x.ndim - 1)) * x + (1 - kept).view(-1, *[1] * (x.ndim - 1)) * x.roll(1, 0)
-                     for x in (batch.image, empty))
 
     def _where(self, batch, features, summary, marked):
         """The energy score of draws against the masks that are marked, [N]."""

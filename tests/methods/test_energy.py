@@ -10,7 +10,6 @@ from scipy import ndimage
 
 from guided_diffusion import logger
 from guided_diffusion.data.masks import to_masks
-from guided_diffusion.data.noise import mixing_weights
 from guided_diffusion.data.stream import Batch
 from guided_diffusion.energy_score import energy_score
 from guided_diffusion.methods import METHODS
@@ -212,25 +211,6 @@ def test_presence_has_a_network_of_its_own_whose_loss_reaches_no_other(tmp_path)
     torch.testing.assert_close(where(batch).terms["loss"], method(batch).terms["where"])
 
 
-def test_mixup_teaches_presence_between_two_scans():
-    """The weights have the moments of Beta(alpha, alpha), and the loss is that of the mixed scan and share."""
-    kept = mixing_weights(0.4, 3, range(4000))
-    assert abs(kept.mean() - 0.5) < 0.02 and abs(kept.var() - 1 / (4 * (2 * 0.4 + 1))) < 0.01
-    assert (mixing_weights(0, 3, range(4)) == 1).all()
-    method = make_energy(presence_channels=8, energy_loss="whether", presence_mixup=0.4).eval()
-    for parameter in method.model.presence.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.1)
-    masks = torch.zeros(2, 4, 16, 16)
-    masks[0, :3, 0, 0] = 1  # empty in one of four, and in all
-    batch = Batch(torch.rand(2, 1, 16, 16), masks, torch.ones(2, 4, dtype=torch.bool), [5, 6], 3)
-    losses = method(batch).terms["whether"]
-    for i, (kept, share) in enumerate(zip(mixing_weights(0.4, 3, [5, 6]), (0.25, 1))):
-        logit = method.model.whether(kept * batch.image[[i]] + (1 - kept) * batch.image[[1 - i]])
-        expected = torch.nn.functional.binary_cross_entropy_with_logits(
-            logit, torch.tensor([kept * share + (1 - kept) * (1.25 - share)]))
-        assert losses[i].item() == pytest.approx(expected.item(), rel=1e-4)
-
-
 def test_drawn_masks_have_no_crumbs():
     method = make_energy()
     method.model.head.empty.bias.data.fill_(-30.0)
@@ -254,8 +234,7 @@ def test_drawn_masks_have_no_crumbs():
 @pytest.mark.parametrize("flags, words", [
     (dict(presence_channels=12), "--presence_channels 12: must be a multiple of 8, or 0"),
     (dict(energy_loss="whether"), "--energy_loss whether: the head says whether and where"),
-    (dict(energy_loss="whether", presence_channels=8, energy_draws=4), "--energy_draws 4"),
-    (dict(presence_mixup=0.4), "--presence_mixup 0.4")])
+    (dict(energy_loss="whether", presence_channels=8, energy_draws=4), "--energy_draws 4")])
 def test_flags_of_presence_that_do_not_fit_are_refused(flags, words):
     with pytest.raises(InputError, match=words):
         make_energy(**flags)
