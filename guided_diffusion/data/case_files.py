@@ -4,8 +4,9 @@ Layout: one folder a case, `<data_dir>/.../<case>/image_<n>.jpg label0_.jpg labe
 of its name before the first underscore; files that no reader takes are ignored. Several image files of a case are its
 channels, in the order of their names. Any number of raters from 1 up; cases may differ in it.
 
-Where the images are volumes, every slice is a case, <case>_000, <case>_001, ... Volumes and DICOM series in folders
-without such names are cases without labels.
+Where the images are volumes, every slice is a case, <case>_000, <case>_001, ... A DICOM series beside labels, whatever
+its files are called, is the image of its folder. Volumes and DICOM series in folders without such names are cases
+without labels.
 """
 
 import os
@@ -100,8 +101,12 @@ def cases_of(folder: Path, root: Path, files: Iterable[Path], readers: Readers) 
     """
     files = sorted(files)
     case = sort_files(case_name(folder, root), folder, files, readers)
-    stacks = [] if case.images or case.labels else readers.stacks(files)
-    if not stacks:
+    stacks = [] if case.images else readers.stacks([path for path in files if path not in case.labels])
+    if case.labels and len(stacks) == 1:  # a series, and volumes of its masks
+        stack, = stacks
+        return slices_of(case._replace(images=[stack.files[0]], series=stack.files[1:] and stack.files,
+                                       problem=stack.problem), stack.slices)
+    if case.labels or not stacks:
         slices = readers.slices(case.images[0]) if case.images else None
         return [] if folder == root else slices_of(case, slices)
     found = []
