@@ -9,6 +9,7 @@ a table and writes, into --output_dir:
     scores.json  means over cases, with 95 % bootstrap intervals over patients
     scores.png   how the scores are distributed, whether the probabilities are right, GED against number of masks
     best.png     the cases with the lowest GED; worst.png: those with the highest
+    scores_volumes.csv  with --volumes True: a row a volume, whose slices are scored as one
     report.html  all cases in one page, which needs no network: to sort, search and print; a click shows all masks
 
 With two folders, as in segmentation_evaluate.py A B --data_dir ./data/testing, it prints how much each score of A is
@@ -24,12 +25,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import dist_util
+from ..data import manifest
 from ..data.case_files import CaseFiles, find_cases
 from ..data.cases import read_ahead
 from ..data.readers.base import Readers, refuse_unused
 from ..scoring import comparison
 from ..scoring.ensemble_folder import EnsembleFolder, read_scored_case
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
+from ..scoring.volume_scores import VolumeScores, by_volume, places_of
 from ..system import storage
 from ..system.errors import InputError, raise_problems
 from ..system.terminal import progress
@@ -47,17 +50,26 @@ def score(args: SimpleNamespace, given: dict[str, Any]) -> None:
         members = ensembles.find([case.name for case in cases], args.skip_missing)
         sizes = sizes_of(args, given, members)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
-                                ensembles.independent(members))
+                                ensembles.independent(members), known_patients(cases, given))
+        volumes = VolumeScores(places_of(cases), vars(args), dist_util.dev()) if args.volumes else None
         storage.make_folder(folder, "--output_dir")
 
     def read(case):
         return read_scored_case(case, members[case.name], args.fit, readers)
 
+    def add(case, scored):
+        evaluation.add(case.name, *scored)
+        if volumes:
+            volumes.add(case.name, evaluation.patient_of(case.name), *scored[1:])
+
     cases = [case for case in cases if case.name in members]
-    each_case(cases, read, lambda case, scored: evaluation.add(case.name, *scored), args.samples_dir)
+    each_case(by_volume(cases, volumes.places) if volumes else [[case] for case in cases], read, add, args.samples_dir)
     evaluation.gather()
+    if volumes:
+        volumes.gather()
     if dist_util.rank() == 0:
-        print(report(evaluation.write(folder), folder))
+        whole = volumes.write(folder, evaluation.names) if volumes else None
+        print(report(evaluation.write(folder, whole), folder))
 
 
 def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
@@ -73,7 +85,7 @@ def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
         sizes = sizes_of(args, given, *found)
         independent = [folder.independent(members) for folder, members in zip(folders, found)]
         compared = comparison.Comparison(args.folders, independent, sizes, args.patient_pattern, dist_util.dev(),
-                                         vars(args))
+                                         vars(args), known_patients(both, given))
         if args.output_dir:
             storage.make_folder(args.output_dir, "--output_dir")
 
@@ -82,7 +94,8 @@ def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
                                               for members in found)
         return raters, (first, second)
 
-    each_case(both, read, lambda case, scored: compared.add(case.name, *scored), " and ".join(args.folders))
+    each_case([[case] for case in both], read, lambda case, scored: compared.add(case.name, *scored),
+              " and ".join(args.folders))
     compared.gather()
     if dist_util.rank() == 0:
         print("".join(f"{line}\n" for line in only) + comparison.report(compared.write(args.output_dir)))
@@ -112,16 +125,22 @@ def in_common(args: SimpleNamespace, cases: list[CaseFiles], found: list[dict[st
     return both, lines
 
 
+def known_patients(cases: list[CaseFiles], given: dict[str, Any]) -> dict[str, str]:
+    """The patients that manifests name, by the names of the cases; none where --patient_pattern is given."""
+    return {} if "patient_pattern" in given else manifest.patients_of(cases)
+
+
 def sizes_of(args: SimpleNamespace, given: dict[str, Any], *members: dict[str, list]) -> list[int]:
     """The sizes of sub-ensembles to score, which the smallest of all ensembles has the masks for."""
     fewest = min(len(paths) for folder in members for paths in folder.values())
     return parse_ensemble_sizes(args.ensemble_sizes, fewest, required="ensemble_sizes" in given)
 
 
-def each_case(cases: list[CaseFiles], read: Callable[[CaseFiles], Any], add: Callable[[CaseFiles, Any], None],
-              where: str) -> None:
+def each_case(cases: list[list[CaseFiles]], read: Callable[[CaseFiles], Any],
+              add: Callable[[CaseFiles, Any], None], where: str) -> None:
     """Read this rank's share of the cases while others are scored, and `add` what `read` returned.
 
+    :param cases: in groups, each of which one rank reads, one case after another.
     :raises InputError: on every rank, with all that is wrong with any case.
     """
     def attempt(case):
@@ -131,7 +150,7 @@ def each_case(cases: list[CaseFiles], read: Callable[[CaseFiles], Any], add: Cal
             return case, None, str(error)
 
     problems, rank = [], dist_util.rank()
-    mine = cases[rank::dist_util.world_size()]
+    mine = sum(cases[rank::dist_util.world_size()], [])
     for case, scored, problem in progress(read_ahead(attempt, mine), "scoring", len(mine), "case", enabled=rank == 0):
         if problem is not None:
             problems.append(problem)

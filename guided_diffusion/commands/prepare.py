@@ -59,7 +59,8 @@ def create_argparser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
         about = inspect.cleandoc(entry.value.__doc__ or "").split("\n\n")[0].split(":param")[0]
         example = entry.value.example and f"\n\n    {program_name()} {name} {entry.value.example}"
         parsers[name] = _kind_parser(kinds, name, entry.help, about + example, [*entry.flags, *_COMMON, _PLUGIN])
-    reading = [flag for flag in FLAGS if flag.group == "reading" or flag.name == "patient_pattern"]
+    reading = [flag for flag in FLAGS if flag.group == "reading" or flag.name == "patient_pattern"
+               or flag.name in ("normalise", "context") and flag.group == "model"]
     example = f"\n\n    {program_name()} {CHECK} data results/check"
     parsers[CHECK] = _kind_parser(kinds, CHECK, _CHECK_WORDS, _CHECK_HELP + example, [*reading, _PLUGIN])
     return parser, parsers

@@ -43,6 +43,7 @@ from ..system import storage
 from ..system.errors import InputError, raise_problems
 from ..system.terminal import progress, summary
 from .cli import results_folder, run_script, start_script
+from .evaluate import known_patients
 from .program import command
 
 
@@ -206,7 +207,7 @@ def main() -> None:
             volumes.refuse_missing_packages(cases.readers_used)
         sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
-                                method.independent) if args.evaluate else None
+                                method.independent, known_patients(cases.cases, given)) if args.evaluate else None
     problems = shared_problems(cases)
     with dist_util.all_ranks_or_none():
         if len(problems) == len(cases):

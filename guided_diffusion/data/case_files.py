@@ -4,14 +4,15 @@ Layout: one folder a case, `<data_dir>/.../<case>/image_<n>.jpg label0_.jpg labe
 of its name before the first underscore; files that no reader takes are ignored. Several image files of a case are its
 channels, in the order of their names. Any number of raters from 1 up; cases may differ in it.
 
-Where the images are volumes, every slice is a case, <case>_000, <case>_001, ... Volumes and DICOM series in folders
-without such names are cases without labels.
+Where the images are volumes, every slice is a case, <case>_000, <case>_001, ... A DICOM series beside labels, whatever
+its files are called, is the image of its folder. Volumes and DICOM series in folders without such names are cases
+without labels.
 """
 
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,8 +101,12 @@ def cases_of(folder: Path, root: Path, files: Iterable[Path], readers: Readers) 
     """
     files = sorted(files)
     case = sort_files(case_name(folder, root), folder, files, readers)
-    stacks = [] if case.images or case.labels else readers.stacks(files)
-    if not stacks:
+    stacks = [] if case.images else readers.stacks([path for path in files if path not in case.labels])
+    if case.labels and len(stacks) == 1:  # a series, and volumes of its masks
+        stack, = stacks
+        return slices_of(case._replace(images=[stack.files[0]], series=stack.files[1:] and stack.files,
+                                       problem=stack.problem), stack.slices)
+    if case.labels or not stacks:
         slices = readers.slices(case.images[0]) if case.images else None
         return [] if folder == root else slices_of(case, slices)
     found = []
@@ -155,7 +160,7 @@ def read_case(files: CaseFiles, need_labels: bool = True, readers: Readers | Non
     image = _join_channels([scan.pixels for scan in scans], files.images)
     image = np.concatenate([image, *_neighbours(files, readers, scans[0].info.get("slices", 1))])
     for path, scan in zip(files.images, scans):
-        _check_place(path, scan.info, files.images[0], scans[0].info)
+        check_place(path, scan.info, files.images[0], scans[0].info)
         if scan.spacing != scans[0].spacing:
             raise InputError(f"{path}: its pixels are {_in_mm(scan.spacing)}, but those of the first image of its case,"
                              f" {files.images[0].name}, are {_in_mm(scans[0].spacing)}; give all the same spacing")
@@ -167,7 +172,7 @@ def read_case(files: CaseFiles, need_labels: bool = True, readers: Readers | Non
     size = image.shape[1:]
     raters = [_read_label(path, size, files, readers) for path in files.labels]
     for path in files.labels:
-        _check_place(path, readers.info(path, files.slice), files.images[0], scans[0].info)
+        check_place(path, readers.info(path, files.slice), files.images[0], scans[0].info)
     return CaseContents(image, np.array(raters, masks.DTYPE).reshape(len(raters), *size), scans[0].spacing,
                         {**scans[0].info, **({"volume": files.volume} if files.volume else {})})
 
@@ -204,8 +209,8 @@ def _neighbours(files, readers, slices):
     return images
 
 
-def _check_place(path, info, image_path, image_info):
-    """Raise InputError if two volumes do not lie on each other."""
+def check_place(path: Path, info: Mapping[str, Any], image_path: Path, image_info: Mapping[str, Any]) -> None:
+    """Raise InputError if two volumes do not lie on each other, as their readers' info tells."""
     grids = info.get("grid"), image_info.get("grid")
     if None not in grids and not np.allclose(*grids, atol=1e-2):
         raise InputError(f"{path}: lies elsewhere than the first image of its case, {image_path.name}, since their"

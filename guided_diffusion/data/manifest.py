@@ -53,21 +53,58 @@ def read(path: Path) -> dict[tuple[str, str], dict[str, str]]:
         raise InputError(f"{path}: cannot be read ({error}); prepare its cases anew, or remove it") from None
 
 
-def rows_of(cases: Iterable[CaseFiles]) -> dict[str, dict[str, str]]:
-    """The rows of cases that have one in a manifest above their folders, by the names of the cases.
+def rows_in_order(cases: Iterable[CaseFiles]) -> list[dict[str, str]]:
+    """The row of each case in a manifest above its folder, {} for cases without.
 
     :raises InputError: as read.
     """
-    manifests, found = {}, {}
+    manifests, found = {}, []
     for case in cases:
         folder = case.folder.resolve()  # folds lie among others as links
         for above, part in ((folder.parent, ""), (folder.parent.parent, folder.parent.name)):
             if above not in manifests:
                 manifests[above] = read(above / FILE) if (above / FILE).is_file() else {}
-            if (part, folder.name) in manifests[above]:
-                found[case.name] = manifests[above][part, folder.name]
+            if row := manifests[above].get((part, folder.name)):
                 break
+        found.append(row or {})
     return found
+
+
+def rows_of(cases: Iterable[CaseFiles]) -> dict[str, dict[str, str]]:
+    """The rows of those cases that have one, by the names of the cases. :raises InputError: as read."""
+    cases = [*cases]
+    return {case.name: row for case, row in zip(cases, rows_in_order(cases)) if row}
+
+
+def spacing_of(row: Mapping[str, str]) -> tuple[float, float] | None:
+    """The (row, column) distance of pixels in mm that a row of a manifest tells, None if it does not."""
+    numbers = [_positive(text) for text in row.get("spacing", "").split()]
+    return tuple(numbers) if len(numbers) == 2 and all(numbers) else None
+
+
+def place_of(row: Mapping[str, str]) -> dict[str, Any]:
+    """What a row says of where its slice lies, called as in readers.base.Volume: volume, slice, slice_spacing; {} for
+    cases of no volume."""
+    if not row.get("volume") or not row["slice"].isdigit():
+        return {}
+    return {"volume": row["volume"], "slice": int(row["slice"]),
+            "slice_spacing": _positive(row.get("slice_spacing", ""))}
+
+
+def _positive(text):
+    """A number above 0; None for any other text."""
+    try:
+        return number if 0 < (number := float(text)) < float("inf") else None
+    except ValueError:
+        return None
+
+
+def patients_of(cases: Iterable[CaseFiles]) -> dict[str, str]:
+    """The patients, or else the series, that manifests name, by the names of the cases; cases without are not there.
+
+    :raises InputError: as read.
+    """
+    return {name: whose for name, row in rows_of(cases).items() if (whose := row["patient"] or row["series"])}
 
 
 def identities(row: Mapping[str, str]) -> list[str]:

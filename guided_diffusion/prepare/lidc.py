@@ -23,16 +23,19 @@ from .lidc_xml import series_of, sessions_of
 
 LEAST_SPACING = 0.05  # mm; finer ones would end in want of memory
 CASE_NUMBER = re.compile(r"LIDC-IDRI-\d+")  # the source's own; no other PatientID is copied
+SPACING = Flag("spacing", float, 0.0, "distance of pixels in mm to resample to (0: as it is)", "the cases", least=0)
+CONTEXT = Flag("context", int, 0, "so many slices before and after become further channels", "the cases", least=0,
+               most=64)
 FLAGS = [
     Flag("xml", str, "", "folder of the XML files, where they do not lie below INPUT", "the cases"),
     Flag("window", str, "-1000,400", "Hounsfield units that become black and white; written with =, as in"
          " --window=-1000,400", "the cases"),
-    Flag("spacing", float, 0.0, "distance of pixels in mm to resample to (0: as it is)", "the cases", least=0),
+    SPACING,
     Flag("size", int, 128, "side in pixels of the square around a nodule's centre (0: whole slices, with all nodules)",
          "the cases", least=0, most=8192),
     Flag("slices", ("all", "largest"), "all", "all marked slices of a nodule, or the one with the largest area",
          "the cases"),
-    Flag("context", int, 0, "so many slices before and after become further channels", "the cases", least=0, most=64),
+    CONTEXT,
     Flag("max_raters", int, 0, "take the first so many readers of a series (0: all)", "the cases", least=0),
     Flag("unrated", bool, True, "count nodules whose characteristics are missing or 0", "the cases"),
     Flag("point_marks", bool, False, "count slices as marked that have only a single point, or an outline that encloses"
@@ -130,7 +133,8 @@ class Lidc(Source):
         sessions = sessions[:self.max_raters or None]
         marks, broken, problems = place_marks(series, sessions, self.unrated, self.point_marks)
         yield from (LeftOut(unit.name, problem) for problem in problems)
-        known = {"series": uid, "window": self.window, "tolerance": series.thickness, "sessions": len(sessions),
+        known = {"series": uid, "window": self.window, "tolerance": series.thickness,
+                 "slice_spacing": series.distance if series.levels[1:] else None, "sessions": len(sessions),
                  "xml": "; ".join(path.name for path in taken)}  # folders may be called by names of patients
         yield from self._cases(unit.name, series, marks, broken, known)
 
@@ -157,6 +161,7 @@ class Lidc(Source):
                 picture, raters, facts = self._cut(image, raters, series.spacing, found[numbers[0]].centre[1:])
                 yield PreparedCase(case, picture, raters, {
                     **known, **facts, "image_uid": series.slices[place].uid, "slice": place,
+                    "volume": f"{name}-n{numbers[0]:02}" if self.size else name,  # of slices that lie on each other
                     "position": series.slices[place].position, "nodules": numbers,
                     "marked_by": sorted({mark.reader for mark in members
                                          if self.point_marks or len(mark.lesions[place])}),

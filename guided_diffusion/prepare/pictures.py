@@ -8,26 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from ..data import pictures, scaling
-from ..data.readers.base import Readers, foreground
+from ..data import scaling
+from ..data.readers.base import Readers
 from ..metrics import patient_of
 from ..system.errors import InputError
-from ..system.flag import Flag, parse_numbers, several
+from ..system.flag import Flag, several
 from . import SOURCES
 from .base import LeftOut, PreparedCase, Source, Unit
 from .splits import PATIENT_PATTERN, checked
 
-FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP")  # that no reader needs to take
+MISSING_MASKS = Flag("missing_masks", ("leave_out", "empty", "skip"), "leave_out", "what it means that a rater has no"
+                     " file for a case. leave_out: nothing is known, and the case is left out; empty: the rater marked"
+                     " nothing; skip: the rater did not see the case", "the cases")
+FOREGROUND = Flag("foreground", str, "", "values of a mask that are foreground, as in 1,2 (default: of pictures what is"
+                  " above half of full scale, of volumes what is above 0)", "the cases")
 FLAGS = [
     Flag("images", several, [], "where the images are below INPUT, as in 'scans/{case}.tif': {case} is what names the"
          " case, {patient} its patient, and * is anything. Several patterns are channels", "pictures"),
     Flag("masks", several, [], "where the masks are, a pattern a rater, as in 'a/{case}-a.gif' 'b/{case}-b.png'; or one"
          " with {rater}, as in 'masks/{case}_{rater}.png'", "pictures"),
-    Flag("missing_masks", ("leave_out", "empty", "skip"), "leave_out", "what it means that a rater has no file for a"
-         " case. leave_out: nothing is known, and the case is left out; empty: the rater marked nothing; skip: the"
-         " rater did not see the case", "pictures"),
-    Flag("foreground", str, "", "values of a mask that are foreground, as in 1,2 (default: what is above half of full"
-         " scale)", "pictures"),
+    MISSING_MASKS,
+    FOREGROUND,
     PATIENT_PATTERN,
 ]
 
@@ -44,8 +45,8 @@ class Pictures(Source):
     def __init__(self, path: Path, images: list[str], masks: list[str], missing_masks: str,
                  foreground: str, patient_pattern: str):
         super().__init__(path)
-        self.readers, self.missing_masks, self.patient_pattern = Readers(), missing_masks, checked(patient_pattern)
-        self.foreground = parse_numbers(int, foreground, "foreground")
+        self.readers = Readers({"foreground": foreground})
+        self.missing_masks, self.patient_pattern = missing_masks, checked(patient_pattern)
         self.images = [_Pattern("--images", pattern) for pattern in images]
         self.masks = [_Pattern("--masks", pattern) for pattern in masks]
         for flag, patterns in (("--images", self.images), ("--masks", self.masks)):
@@ -97,7 +98,7 @@ class Pictures(Source):
 
     def cases(self, unit: Unit) -> Iterator[PreparedCase | LeftOut]:
         paths, masks = unit.data
-        channels = [self._read(self.path / path) for path in paths]
+        channels = [self.readers.read(self.path / path).pixels for path in paths]
         for path, channel in zip(paths, channels):
             _check_size(self.path / path, channel.shape[1:], channels[0])
         image = np.concatenate(scaling.widen(channels))
@@ -110,22 +111,11 @@ class Pictures(Source):
         else:
             yield PreparedCase(unit.name, image, np.stack(raters), {})
 
-    def _read(self, path) -> np.ndarray:
-        if self.readers.suffix_of(path):
-            return self.readers.read(path).pixels
-        return pictures.channels_first(pictures.decode(path, FORMATS))
-
     def _mask(self, name, image) -> np.ndarray:
         if name is None:
             return np.zeros(image.shape[1:], bool)
         path = self.path / name
-        if self.foreground:
-            pixels = self._read(path)
-            if len(pixels) != 1:
-                raise InputError(f"{path}: is in colour, but --foreground takes grey values; save it in grey")
-            mask = np.isin(pixels[0], self.foreground)
-        else:
-            mask = self.readers.read_mask(path) if self.readers.suffix_of(path) else foreground(self._read(path), path)
+        mask = self.readers.read_mask(path)
         _check_size(path, mask.shape, image)
         return mask
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from .. import checkpoint, pretrained, script_util
-from ..data import masks, pictures, scaling
+from ..data import manifest, masks, pictures, scaling
 from ..data.case_files import CaseContents, CaseFiles, cases_of, read_case, slices_of
 from ..data.cases import Case
 from ..data.fitting import Fitting, fits_between
@@ -190,7 +190,7 @@ class Segmenter:
             bits); "crop", the central square; "pad", a smaller scan's edge repeated; "tile", a larger scan by
             overlapping tiles. Masks come back in the scan's own size and place, see data.fitting.
         :param spacing: (row, column) distance of the scan's pixels in mm, or one such pair a scan (default: what its
-            file says, if it does).
+            file says, or manifest.csv above its case folder).
         :param options: flags of the readers of the files, by name.
         :raises ValueError: for scans it cannot use; InputError: for such files, or options.
         """
@@ -205,7 +205,7 @@ class Segmenter:
         readers = Readers({**(options or {}), "normalise": args.normalise, "context": args.context})
         each = [_read(*scan, data_dir, readers) for scan in zip(scans, names, labels)]
         labels = [label for label, slices in zip(labels, each) for _ in slices]
-        many, read = many or len(labels) > 1, sum(each, [])
+        many, read = many or len(labels) > 1, _with_places(sum(each, []))
         cases = [Case(name, contents.image, contents.raters) for name, contents, _ in read]
         refuse_unused(options or {}, readers.used(files for *_, files in read if files), "the images")
         twice = [case for case, count in collections.Counter(case.name for case in cases).items() if case and count > 1]
@@ -295,6 +295,18 @@ def _read(source, name, label, data_dir, readers):
         raise ValueError(f"{label} is {image.dtype}{extent}; give uint8, uint16, or floats and scale it to [0, 1]")
     image = image.astype(np.float32, copy=False) if kind == "f" else image
     return [(name or "", CaseContents(image, np.zeros((0, *image.shape[1:]), masks.DTYPE), None, {}), None)]
+
+
+def _with_places(read):
+    """What _read gave, with what manifests say of the scans whose files say nothing of their place."""
+    rows = iter(manifest.rows_in_order(files for *_, files in read if files))
+    found = []
+    for name, contents, files in read:
+        row = next(rows) if files else {}
+        if not contents.spacing:
+            contents = contents._replace(spacing=manifest.spacing_of(row), info=contents.info | manifest.place_of(row))
+        found.append((name, contents, files))
+    return found
 
 
 def _files(path, data_dir, readers):

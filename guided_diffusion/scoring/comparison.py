@@ -23,14 +23,15 @@ class Comparison:
 
     :param folders: what to call them; independent: whether the members of each are independent draws. Scores that need
         such are left out unless both are.
-    :param sizes, patient_pattern, device, options: as for evaluation.Evaluation.
+    :param sizes, patient_pattern, device, options, patients: as for evaluation.Evaluation.
     """
 
     def __init__(self, folders: Sequence[str], independent: Sequence[bool] = (True, True), sizes: Iterable[int] = (),
                  patient_pattern: str = metrics.PATIENT_PATTERN, device: str | torch.device = "cpu",
-                 options: Mapping[str, Any] = MappingProxyType({})):
+                 options: Mapping[str, Any] = MappingProxyType({}),
+                 patients: Mapping[str, str] = MappingProxyType({})):
         self.folders, self.independent, self.sizes = tuple(folders), tuple(independent), tuple(sizes)
-        self.patient_pattern, self.device, self.options = patient_pattern, device, options
+        self.patient_pattern, self.device, self.options, self.patients = patient_pattern, device, options, patients
         self.rows: list[tuple] = []  # (case, members [2], scores {size: [2, S]})
 
     def add(self, name: str, raters: np.ndarray, predictions: Sequence[np.ndarray]) -> None:
@@ -57,7 +58,7 @@ class Comparison:
         patients; that of "A less B" is of the paired differences.
         """
         names = metrics.score_names(all(self.independent))
-        patients = [metrics.patient_of(name, self.patient_pattern) for name, *_ in self.rows]
+        patients = [self.patients.get(name) or metrics.patient_of(name, self.patient_pattern) for name, *_ in self.rows]
 
         def table(size):
             values = np.stack([scores[size] for *_, scores in self.rows])  # [N, 2, S]

@@ -22,6 +22,7 @@ from ..system import packages, storage, terminal
 from ..system.errors import InputError
 from ..system.flag import parse_numbers
 
+VOLUMES_FILE = "scores_volumes.csv"  # that volume_scores writes
 EXTREMES = 4  # cases in best.png and in worst.png
 
 
@@ -32,23 +33,24 @@ class Evaluation:
     :param sizes: also score ensembles of so many members: those of a case in their order, cut into groups of that
         size, the scores averaged over the groups and a remainder left out.
     :param seed: of the resampled raters, which follow from (seed, case name) alone.
-    :param patient_pattern: see metrics.patient_of.
+    :param patient_pattern: see metrics.patient_of, for cases whose patient `patients` does not know.
     :param device: where to count.
     :param options: values of the scores' own flags, by name, see metrics.scores; other names are passed over.
     :param independent: whether the members of a case are independent draws; if not, the scores of
         metrics.FOR_INDEPENDENT_DRAWS, and calibration, are left out.
+    :param patients: by the names of cases, as data.manifest.patients_of has them.
     :raises InputError: for a pattern that is no regular expression, or a score that fails on empty masks.
     """
 
     def __init__(self, sizes: Iterable[int] = (), seed: int = 0, patient_pattern: str = metrics.PATIENT_PATTERN,
                  device: str | torch.device = "cpu", options: Mapping[str, Any] = MappingProxyType({}),
-                 independent: bool = True):
+                 independent: bool = True, patients: Mapping[str, str] = MappingProxyType({})):
         try:
             re.compile(patient_pattern)
         except re.error as error:
             raise InputError(f"--patient_pattern {patient_pattern}: is no regular expression ({error})") from None
         self.sizes, self.seed, self.patient_pattern, self.device = tuple(sizes), seed, patient_pattern, device
-        self.options, self.independent = options, independent
+        self.options, self.independent, self.known_patients = options, independent, patients
         self.names = metrics.score_names(independent)
         self.rows: list[ScoredCase] = []
         self.shown: list[tuple] = []  # (GED, name, image, raters, predictions) of the best and the worst, best first
@@ -118,7 +120,11 @@ class Evaluation:
 
     def patients(self) -> list[str]:
         """The patient of each row."""
-        return [metrics.patient_of(row.case, self.patient_pattern) for row in self.rows]
+        return [self.patient_of(row.case) for row in self.rows]
+
+    def patient_of(self, name: str) -> str:
+        """The patient of a case."""
+        return self.known_patients.get(name) or metrics.patient_of(name, self.patient_pattern)
 
     def summary(self) -> dict[str, Any]:
         """All of it as JSON takes it: {"all": {"GED": {"mean", "low", "high"}, ...}, "4": ..., "references": ...,
@@ -152,14 +158,16 @@ class Evaluation:
                         ("raters", [row.raters for row in self.rows]))}}
         return summary
 
-    def write(self, folder: str | Path) -> dict[str, Any]:
+    def write(self, folder: str | Path, volumes: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write scores.csv, scores.json, scores.png, best.png, worst.png and report.html; returns the summary.
 
-        Without matplotlib there is no scores.png, and no figure in report.html; one of earlier scores is removed.
+        Without matplotlib there is no scores.png, and no figure in report.html; one of earlier scores is removed. So is
+        scores_volumes.csv without `volumes`.
 
+        :param volumes: VolumeScores.summary, which joins the summary.
         :raises InputError: if a file cannot be written.
         """
-        summary = self.summary()
+        summary = self.summary() | ({"volumes": volumes} if volumes else {})
         figure = None
         if packages.is_installed("matplotlib"):
             from ..draw.plots import score_figure
@@ -173,6 +181,8 @@ class Evaluation:
             files[name] = montage.png(montage.stack(pages))
         files["report.html"] = page(self.rows, self.patients(), f"{counted(summary)}{left_out(summary)}",
                                     score_rows(summary), figure, self.independent)
+        if not volumes:
+            files[VOLUMES_FILE] = None
         for name, data in files.items():
             with writing(storage.join(folder, name)) as path:
                 if data is not None:
@@ -217,7 +227,7 @@ def score_table(summary: Mapping[str, Any]) -> str:
 
 def score_rows(summary: Mapping[str, Any]) -> list[list[list[str]]]:
     """The summary as tables, each a list of rows of words: every score with its interval beside the references', and
-    the means of sub-ensembles if there are any."""
+    the means of sub-ensembles and the scores of volumes, if there are any."""
     references = summary["references"]
     columns = {MODEL: summary[ALL], **{name: references[name][ALL] for name in references}}
     spread = {"GED": ged_title(summary)}
@@ -232,6 +242,11 @@ def score_rows(summary: Mapping[str, Any]) -> list[list[list[str]]]:
             rows += [[who, *(f"{scores[name]['mean']:.3f}" for name in names)] for who, scores in (
                 (size, summary[size]), (f"{size} {RATERS}", references[RATERS][size]))]
         tables.append(rows)
+    if "volumes" in summary:
+        whole = summary["volumes"]
+        lost = f", {len(whole['left_out'])} left out" if whole["left_out"] else ""
+        tables.append([[f"whole volumes: {whole['volumes']}{lost}", MODEL],
+                       *([spread.get(name, name), cell(score)] for name, score in whole["scores"].items())])
     return tables
 
 
@@ -263,7 +278,7 @@ def report(summary: Mapping[str, Any], folder: str | Path) -> str:
     files = [(what, storage.join(folder, name)) for what, name in (
         ("all cases, to look at", "report.html"), ("those of lowest GED", "best.png"),
         ("those of highest GED", "worst.png"), *[("charts", "scores.png")] * charts, ("every score", "scores.csv"),
-        ("means and intervals", "scores.json"))]
+        *[("those of volumes", VOLUMES_FILE)] * ("volumes" in summary), ("means and intervals", "scores.json"))]
     to_open = () if storage.is_remote(folder) else (
         "python", "-m", "webbrowser", Path(files[0][1]).absolute().as_uri())
     no_charts = "" if charts else f"no charts in {folder}: {packages.missing('scores.png', 'matplotlib')}\n\n"

@@ -48,7 +48,7 @@ OWN = {
 }
 EVALUATION_FLAGS = dict(
     data_dir="./data/testing", samples_dir="./results", pattern="{case}_output{i}.png", ensemble_sizes="4,16,50,100",
-    skip_missing=False, patient_pattern=r"\D*\d+", output_dir="", plugin="", fit="error", seed=0, ngpu=0,
+    skip_missing=False, volumes=False, patient_pattern=r"\D*\d+", output_dir="", plugin="", fit="error", seed=0, ngpu=0,
     local_rank=None, dist_timeout=600.0, normalise="full", foreground="")
 
 MODEL_FLAGS = ("--image_size 128 --num_channels 128 --class_cond False --num_res_blocks 2 --num_heads 1"

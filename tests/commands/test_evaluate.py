@@ -12,6 +12,7 @@ from helpers.files import ROOT, save, tree
 from PIL import Image
 
 from guided_diffusion import metrics
+from guided_diffusion.data import manifest
 from guided_diffusion.data.cases import SegmentationCases
 from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.system import terminal
@@ -71,6 +72,38 @@ def test_scores_go_beside_the_masks_by_default_and_again_over_the_old_ones(evalu
     assert evaluate("--output_dir", "", "--ensemble_sizes", "", "--seed", 1).code == 0
     second = tree(tmp_path / "masks")
     assert second.keys() == first.keys() and second["scores.csv"] != first["scores.csv"]
+
+
+def test_patients_are_those_of_the_manifest_unless_a_pattern_is_given(run, sample, evaluate, data, tmp_path, undrawn):
+    names = sorted(case.name for case in data.iterdir())
+    predict(data, tmp_path / "masks", 2)
+    manifest.write(data / manifest.FILE, [
+        {"case": name, "part": "", "patient": patient, "source": "x", "series": series}
+        for name, patient, series in zip(names, ("ann", "ann", ""), ("", "", "s1"))])
+
+    def patients():
+        return [line.split(",")[1] for line in (tmp_path / "scores" / "scores.csv").read_text().splitlines()[1:]]
+
+    assert "3 cases of 2 patients" in evaluate().out and patients() == ["ann", "ann", "s1"]
+    assert "3 cases of 3 patients" in evaluate("--patient_pattern", r"\D*\d+").out and patients()[0] != "ann"
+    both = run(SCRIPT.name, "masks", "masks", "--data_dir", data)
+    assert "3 cases of 2 patients" in both.out
+    assert "3 cases of 2 patients" in sample("drawn", "--evaluate", "True").out
+
+
+def test_whole_volumes_are_scored_beside_their_slices_where_asked(run, evaluate, data, tmp_path, undrawn):
+    names = sorted(case.name for case in data.iterdir())
+    predict(data, tmp_path / "masks", 2)
+    assert "--volumes True: neither the files" in evaluate("--volumes", "True").err
+    manifest.write(data / manifest.FILE, [{"case": name, "part": "", "patient": "p", "volume": name == names[0],
+                                           "slice": i} for i, name in enumerate(names)])
+    result = evaluate("--volumes", "True")
+    assert result.code == 0 and "| whole volumes: 1, 1 left out" in result.out, result.err
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["volumes"]["left_out"] == ["False"]
+    assert sorted(tree(tmp_path / "scores")) == sorted([*FILES, "scores_volumes.csv"])
+    assert evaluate().code == 0 and sorted(tree(tmp_path / "scores")) == FILES  # none of earlier scores is left
+    assert "--volumes True: two folders" in run(SCRIPT.name, "masks", "masks", "--data_dir", data, "--volumes",
+                                                "True").err
 
 
 def test_sampling_and_scoring_give_what_sampling_with_scores_gives(run, evaluate, undrawn, data, trained, tmp_path):

@@ -158,3 +158,23 @@ def test_the_examples_of_pydicom_are_read():
     for name, words in (("MR_truncated.dcm", "cannot be read"), ("no_meta.dcm", "is no DICOM file"),
                         ("SC_rgb_jpeg_gdcm.dcm", "is compressed (JPEG Lossless"), ("rtplan.dcm", "holds no picture")):
         assert words in refusal(readers.read, folder / name) or name == "SC_rgb_jpeg_gdcm.dcm"
+
+
+def test_labels_beside_a_series_are_volumes_on_its_grid(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    save_series(tmp_path / "p1")
+    label = np.random.default_rng(1).random(HU.shape) < 0.5  # [D, H, W]
+    affine = np.diag([-0.6, -0.7, 2.5, 1.0])  # of (column, row, slice), DICOM's axes as NIfTI has them
+    image = nibabel.Nifti1Image(label.transpose(2, 1, 0).astype(np.uint8), affine)
+    nibabel.save(nibabel.as_closest_canonical(image), tmp_path / "p1" / "label0_.nii.gz")
+    cases = find_cases(tmp_path)
+    assert [case.name for case in cases] == [f"p1_00{i}" for i in range(4)]
+    for i, case in enumerate(cases):
+        contents = read_case(case, readers=Readers())
+        assert np.array_equal(contents.raters, label[i:i + 1]) and contents.info["slice"] == i
+        assert np.abs(contents.image[0] / 65535 - SCALED[i]).max() < 1e-4
+    affine[2, 3] = 2.5
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata(), affine), tmp_path / "p1" / "label0_.nii.gz")
+    assert "label0_.nii.gz: lies elsewhere than the first image of its case" in refusal(read_case, cases[0])
+    save_series(tmp_path / "p1", series="9.9", names="other{}.dcm")
+    assert "no image" in refusal(read_case, find_cases(tmp_path)[0])

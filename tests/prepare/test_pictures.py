@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers.files import save
 from helpers.refusals import refusal
+from PIL import Image
 
 from guided_diffusion.prepare.pictures import Pictures
 from guided_diffusion.prepare.runner import Job, prepare, said
@@ -82,8 +83,24 @@ def test_values_of_a_label_map_are_foreground_where_the_flag_says_so(job, tmp_pa
     assert np.flatnonzero(prepared(tmp_path / "out")["a"][1]).tolist() == [2, 13]
     save(tmp_path / "in" / "a_m.gif", np.stack([labels, labels, labels * 2], -1))
     message = refusal(prepare, one._replace(flags={**one.flags, "foreground": "2"}), tmp_path / "colour")
-    assert "is in colour" in message
+    assert "has 3 channels, but --foreground takes values of grey label maps" in message
     assert "--foreground x" in refusal(Pictures, tmp_path, ["{case}"], ["{case}"], "empty", "x", "")
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "webp", "tif", "npy"])
+def test_pictures_of_every_reader_are_taken(job, tmp_path, prepared, suffix):
+    image = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    if suffix == "npy":
+        (tmp_path / "in").mkdir()
+        np.save(tmp_path / "in" / "a.npy", image)
+    elif suffix == "webp":
+        (tmp_path / "in").mkdir()
+        Image.fromarray(np.stack([image] * 3, -1)).save(tmp_path / "in" / "a.webp", lossless=True)
+    else:
+        save(tmp_path / "in" / f"a.{suffix}", image)
+    save(tmp_path / "in" / "a_m.png", disc(8, 8, 2))
+    prepare(job(f"{{case}}.{suffix}", ["{case}_m.png"]), tmp_path / "out")
+    assert np.array_equal(prepared(tmp_path / "out")["a"][0], [image])
 
 
 def test_what_does_not_fit_is_left_out_by_name(job, tmp_path):

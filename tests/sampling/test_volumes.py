@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from helpers.files import save
 from helpers.refusals import refusal
 
+from guided_diffusion.data import manifest
 from guided_diffusion.data.cases import SegmentationCases
 from guided_diffusion.sampling import volumes
 from guided_diffusion.sampling.segmenter import Segmenter
@@ -154,6 +156,29 @@ def test_the_python_door_gives_the_same_geometry(trained, tmp_path):
     assert np.array_equal(members[:, :, 1, 0].T, ensembles[1].masks[0])
     assert ensembles[0].spacing == pytest.approx((0.8, 0.7))
     assert ensembles[0].area_interval()[1] == pytest.approx(0.56 * np.median(ensembles[0].masks.sum((1, 2))))
+    voxels = members.sum((0, 1, 2))
+    assert volumes.volume_interval(ensembles, 1) == pytest.approx(
+        [0.7 * 0.8 * 2.5 / 1000 * each for each in (voxels.min(), np.median(voxels), voxels.max())])
+
+
+def test_prepared_slices_have_the_geometry_of_the_manifest(trained, tmp_path):
+    rng, sizes = np.random.default_rng(0), ("0.5 2", "0.5 2", "", "x 1")
+    for i in range(4):
+        save(tmp_path / "data" / "train" / f"p_{i}" / "image_0.png", rng.integers(0, 256, (16, 16), np.uint8))
+    manifest.write(tmp_path / "data" / manifest.FILE, [
+        {"case": f"p_{i}", "part": "train", "volume": "p", "slice": i, "spacing": spacing, "slice_spacing": 3.0}
+        for i, spacing in enumerate(sizes)])
+    paths = [tmp_path / "data" / "train" / f"p_{i}" for i in range(4)]
+    ensembles = Segmenter.load(trained, device="cpu").sample(paths, 3, 2)
+    assert [each.spacing for each in ensembles] == [(0.5, 2), (0.5, 2), None, None]
+    assert ensembles[1].info["slice"] == 1
+    areas = ensembles[0].masks.sum((1, 2)) + ensembles[1].masks.sum((1, 2))
+    assert volumes.volume_interval(ensembles[:2])[1] == pytest.approx(np.median(areas) * 3 / 1000)
+    for wrong, words in ((ensembles, "p_2: the distance"), ([], "not of the slices of one volume")):
+        with pytest.raises(ValueError, match=words):
+            volumes.volume_interval(wrong)
+    with pytest.raises(ValueError, match="level is 90"):
+        volumes.volume_interval(ensembles[:2], 90)
 
 
 def test_a_missing_package_is_named_before_anything_is_drawn(monkeypatch):

@@ -101,3 +101,16 @@ def test_a_set_of_single_raters_has_no_distance(tmp_path):
     write(tmp_path / "in", "a", masks(3))
     text = contents.check(tmp_path / "in", tmp_path / "out", OPTIONS)
     assert "every case has one rater" in text
+
+
+def test_volumes_are_read_as_training_would_read_them(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    folder = tmp_path / "in" / "p1"
+    folder.mkdir(parents=True)
+    scan = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
+    for name, numbers in (("image_0", scan), ("label0_", (scan > 1).astype(np.uint8))):
+        nibabel.save(nibabel.Nifti1Image(numbers, np.eye(4)), folder / f"{name}.nii")
+    assert "give --normalise" in refusal(contents.check, tmp_path / "in", tmp_path / "out", OPTIONS)
+    contents.check(tmp_path / "in", tmp_path / "out", {**OPTIONS, "normalise": "minmax", "context": 1})
+    table = json.loads((tmp_path / "out" / "check.json").read_text())["table"]["all"]
+    assert table["cases"] == 4 and table["channels"] == "3 of 16 bits"

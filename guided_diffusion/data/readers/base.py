@@ -37,8 +37,9 @@ class Volume(NamedTuple):
     path           of the file
     slices         how many there are
     slice_spacing  the distance of slices in mm, None if unknown
+    grid           the affine of (column, row, slice) to (right, front, up) in mm; none for DICOM without its place
     nifti: shape, affine   those of the file; axes, its orientation against (left, posterior, superior) as nibabel has
-                   it; grid, the affine of (column, row, slice); see nifti.to_file_axes
+                   it; see nifti.to_file_axes
     dicom: files   of the series, in the order of the slices; one, if all are in one file
            frame   number of the slice within `path`; None if it is all of it
            modality, study_uid, series_uid, sop_uid; position and orientation, those of the slice as DICOM has them

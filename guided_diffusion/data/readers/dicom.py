@@ -72,6 +72,8 @@ class Dicom(VolumeReader):
             between = abs(_along(places[1]) - _along(places[0])) or None
         info = {"format": "dicom", "slices": len(places), "slice_spacing": between, "files": [*map(str, files)],
                 **common}
+        if between and spacing:
+            info["grid"] = _grid(places, spacing)
         return Volume(pixels, spacing, info, full, places)
 
 
@@ -121,6 +123,15 @@ def _along(place):
     """Where a slice lies along the normal of its plane, in mm."""
     across, down = np.array(place["orientation"], float).reshape(2, 3)
     return float(np.dot(np.cross(across, down), np.array(place["position"], float)))
+
+
+def _grid(places, spacing):
+    """The affine of (column, row, slice) to (right, front, up) in mm, lists [4][4]."""
+    across, down = np.array(places[0]["orientation"], float).reshape(2, 3)
+    first, second = (np.array(place["position"], float) for place in places[:2])
+    grid = np.eye(4)
+    grid[:3] = np.stack([across * spacing[1], down * spacing[0], second - first, first], axis=1)
+    return (np.diag([-1.0, -1, 1, 1]) @ grid).tolist()  # DICOM counts to the left and the back
 
 
 def _read(path, several):

@@ -1,4 +1,4 @@
-"""TIFF and GIF pictures, of labels above all, which other programs write so."""
+"""TIFF, GIF, BMP and WebP pictures, as other programs write them."""
 
 from pathlib import Path
 
@@ -7,11 +7,12 @@ from . import READERS
 from .base import Reader, Scan
 
 
-@READERS.add("tiff", "TIFF with 8, 16 or 32 bits or floats, and GIF")
+@READERS.add("tiff", "TIFF with 8, 16 or 32 bits or floats, GIF, BMP and WebP")
 class Tiff(Reader):
-    """TIFF and GIF of one picture a file. A colour picture whose channels are all equal counts as grey."""
+    """TIFF, GIF, BMP and WebP of one picture a file. A colour picture whose channels are all equal counts as grey."""
 
-    suffixes = ".tif", ".tiff", ".gif"
+    suffixes = ".tif", ".tiff", ".gif", ".bmp", ".webp"
 
     def read(self, path: Path) -> Scan:
-        return Scan(pictures.channels_first(pictures.decode(path, ("TIFF", "GIF"), any_number=True)), None, {})
+        pixels = pictures.decode(path, ("TIFF", "GIF", "BMP", "WEBP"), any_number=True)
+        return Scan(pictures.channels_first(pixels), None, {})
