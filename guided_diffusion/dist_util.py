@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ _FOREVER = timedelta(days=365)  # ends a collective: never, since it is the watc
 
 
 def setup_dist(ngpu: int = 0, local_rank: int | None = None, timeout: float = 600,
-               program: Sequence[str] | None = None) -> None:
+               program: Sequence[str] | None = None, apart: bool = False) -> None:
     """Join the processes that the launcher started; alone, do nothing.
 
     Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, ... in the environment), mpiexec (through
@@ -36,6 +37,7 @@ def setup_dist(ngpu: int = 0, local_rank: int | None = None, timeout: float = 60
         than 1, the script starts itself again that many times, and leaves with their exit code.
     :param local_rank: what old launchers pass as a flag; newer ones set LOCAL_RANK, which wins.
     :param timeout: seconds to wait for processes to join, and later until one that hangs ends the run.
+    :param apart: for those: one that dies does not end the others.
     :param program: the words that start this program again with all its flags; None for python and this script.
     :raises InputError: if they do not join, their launchers contradict each other, or there are more of them than
         GPUs.
@@ -46,7 +48,8 @@ def setup_dist(ngpu: int = 0, local_rank: int | None = None, timeout: float = 60
     launchers.complete_environment()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if ngpu > 1 and "WORLD_SIZE" not in os.environ:
-        sys.exit(_launch(ngpu, program or [sys.executable, "-u", *sys.argv]))
+        launch = _launch_apart if apart else _launch
+        sys.exit(launch(ngpu, program or [sys.executable, "-u", *sys.argv]))
     if ngpu and ngpu != world_size:
         raise InputError(f"--ngpu {ngpu}, but the launcher started {world_size} process(es); leave --ngpu away",
                          on_every_rank=True)
@@ -102,6 +105,30 @@ def _join(timeout):
         joined.set()
 
 
+def _launch_apart(ngpu, program):
+    """Run the words of a program in so many processes that end by themselves; returns the exit code of rank 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "WORLD_SIZE": str(ngpu), "LOCAL_WORLD_SIZE": str(ngpu), "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(port), rank_watch.LAUNCHED_APART: "1"}
+    # in sessions of their own, so that Ctrl-C reaches them once
+    processes = [subprocess.Popen(program, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                                  start_new_session=True) for rank in range(ngpu)]
+
+    def pass_on(number, frame):
+        for process in processes:
+            process.send_signal(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), pass_on)
+    codes = [process.wait() for process in processes]
+    if killed := [f"rank {rank} (process {processes[rank].pid})" for rank, code in enumerate(codes) if code < 0]:
+        print(f"{program_name()}: {', '.join(killed)} did not end by itself", file=sys.stderr, flush=True)
+    return codes[0] if codes[0] >= 0 else 128 - codes[0]
+
+
 def _launch(ngpu, program):
     """Run the words of a program in so many processes under torchrun; returns the exit code of the run."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -134,6 +161,20 @@ def cleanup(failed: bool = False) -> None:
         watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def part() -> None:
+    """Leave the other processes, from which this one needs nothing any more; only its launcher's death still ends it.
+    `rank` and `world_size` are those of a process alone from here on."""
+    cleanup()
+
+    def look_after():
+        while not rank_watch.orphaned():
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if rank_watch.PARENT is not None:
+        threading.Thread(target=look_after, daemon=True).start()
 
 
 def at(place: Sequence[int] | None, doing: str = "") -> None:

@@ -154,7 +154,9 @@ _COMMON = [
     Flag("seed", int, 0, "seed of everything random", "files and processes", least=0),
     Flag("ngpu", int, 0, "start so many processes on this machine, one a GPU (0: as the launcher did)",
          "files and processes", least=0, most=1024),
-    Flag("dist_timeout", float, 600.0, "seconds after which a process that died or hangs ends the others",
+    Flag("dist_timeout", float, 600.0,
+         "seconds after which a process that hangs ends the others or, when sampling, leaves its cases"
+         " to them; and after which a folder whose run shows no sign of life is taken over",
          "files and processes", least=1, most=10 ** 8),
     Flag("local_rank", int, None, "set by old launchers", "files and processes"),
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from guided_diffusion import checkpoint
 from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.system import storage
 
 torch.set_num_threads(1)  # threads only wait for each other in networks this small, above all on a busy machine
 
@@ -187,8 +188,14 @@ def bucket(monkeypatch):
     def listdir(path):
         return [name.removeprefix(path + "/") for name in store if name.startswith(path + "/")]
 
-    monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode: (
-        Writer(path) if mode == "wb" else io.BytesIO(store[path])))
+    def open_object(path, mode):
+        if mode == "rb" and path not in store:
+            raise FileNotFoundError(path)
+        return Writer(path) if mode == "wb" else io.BytesIO(store[path])
+
+    monkeypatch.setattr(blobfile, "BlobFile", open_object)
+    monkeypatch.setattr(blobfile, "remove", store.pop)
+    monkeypatch.setattr(storage, "_put_new", lambda path, data: store.setdefault(path, data) is data)
     monkeypatch.setattr(blobfile, "exists", lambda path: path in store or bool(listdir(path)))
     monkeypatch.setattr(blobfile, "listdir", listdir)
     return store

@@ -181,7 +181,7 @@ def start_script(job: str, description: str) -> tuple[SimpleNamespace, dict[str,
         args, given = parse_flags(job, description)
     except InputError as error:
         problem = error
-    dist_util.setup_dist(args.ngpu, args.local_rank, args.dist_timeout, again())
+    dist_util.setup_dist(args.ngpu, args.local_rank, args.dist_timeout, again(), apart=job == "sampling")
     with dist_util.all_ranks_or_none():
         if problem:
             raise problem

@@ -2,21 +2,25 @@
 
     python scripts/segmentation_sample.py --data_dir ./data/testing --num_ensemble 4
 
-The flags of the model are read from flags.json beside the checkpoint, or from a .safetensors file itself. Started on
-several GPUs, each takes its share of the cases. Cases that are already complete from the same model, flags and seed are
-skipped. Those whose files cannot be read are left out and named at the end, with exit code 2.
+The flags of the model are read from flags.json beside the checkpoint, or from a .safetensors file itself. Cases that
+are already complete from the same model, flags and seed are skipped. Those whose files cannot be read are left out and
+named at the end, with exit code 2.
+
+Started on several GPUs, or several times with the same flags on machines that share the folder, each process takes the
+next case that no other has. What one that dies had taken is drawn by the others.
 
 With --evaluate True nothing but scores is written: those of segmentation_evaluate.py. Until then every case's masks are
 kept in a hidden file, so that a run that was stopped goes on.
 """
 
 import contextlib
-import itertools
+import json
 import math
+import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -32,10 +36,11 @@ from ..flags import apply_stored_flags, settle
 from ..live.views import SamplingView
 from ..networks.tiles import tiles
 from ..sampling import ensembles, files, volumes
+from ..sampling.sharing import SharedCases
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
 from ..script_util import autocast_dtype, create_method
 from ..system import storage
-from ..system.errors import raise_problems
+from ..system.errors import InputError, raise_problems
 from ..system.terminal import progress, summary
 from .cli import results_folder, run_script, start_script
 from .evaluate import known_patients
@@ -69,26 +74,101 @@ def find_masks(cases: SegmentationCases, i: int, folder: str, num_ensemble: int,
     return masks is not None and (cases.whole(i), masks)
 
 
-def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespace, folder: str) -> list[str]:
-    """Put the masks of this rank's share of the volumes into files in their geometry, where one of the cases `drawn` is
-    a slice of it or a file is missing. Returns which have no geometry, a message each."""
+def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespace, folder: str, shared: SharedCases
+                  ) -> list[str]:
+    """Put the masks of volumes into files in their geometry, where a file is missing or older than a slice of it, or
+    one of the cases `drawn` is such in a bucket; each volume by one of all processes. Returns which have no geometry, a
+    message each."""
     slices, problems = {}, []
     for i, case in enumerate(cases.cases):
         if case.volume and i not in cases.problems:
             slices.setdefault(case.volume, []).append(i)
-    for volume in [*slices][dist_util.rank()::dist_util.world_size()]:
-        numbers = slices[volume]
-        kind = cases.readers.name_of(cases.cases[numbers[0]].images[0])
-        files_there = all(storage.exists(storage.join(folder, name)) for name in volumes.names(volume, kind))
-        if kind not in volumes.FORMATS or (files_there and not drawn & {*numbers}):
-            continue
-        try:
-            volumes.write_volume(folder, volume, [
-                (cases.facts(i).info, volumes.read_masks(folder, cases.cases[i].name, args.num_ensemble))
-                for i in numbers])
-        except volumes.NoGeometry as error:
-            problems.append(str(error))
+
+    def is_complete(volume):
+        kind = cases.readers.name_of(cases.cases[slices[volume][0]].images[0])
+        if kind not in volumes.FORMATS:
+            return True
+        paths = [storage.join(folder, name) for name in volumes.names(volume, kind)]
+        if not all(map(storage.exists, paths)):
+            return False
+        if storage.is_remote(folder):
+            return not drawn & {*slices[volume]}
+        masks = [os.path.join(folder, files.result_names(cases.cases[i].name, 0)[-1]) for i in slices[volume]]
+        return min(map(os.path.getmtime, paths)) >= max(map(os.path.getmtime, masks))
+
+    left = [volume for volume in slices if not is_complete(volume)]
+    while left:
+        for volume in [*left]:
+            if not shared.take_lease(volume):
+                continue
+            left.remove(volume)
+            try:
+                if storage.is_remote(folder) or not is_complete(volume):
+                    volumes.write_volume(folder, volume, [
+                        (cases.facts(i).info, volumes.read_masks(folder, cases.cases[i].name, args.num_ensemble))
+                        for i in slices[volume]])
+            except volumes.NoGeometry as error:
+                problems.append(str(error))
+            finally:
+                shared.leases.give_back(shared.path(volume))
+        if left:
+            shared.wait()
+            left = [volume for volume in left if not is_complete(volume)]
     return problems
+
+
+class Scores:
+    """The scores of all cases, brought together by one of the processes that have drawn them.
+
+    :param find: find_masks of a case by its number.
+    """
+
+    def __init__(self, folder: str, cases: SegmentationCases, evaluation: Evaluation,
+                 find: Callable[[int], bool | tuple[Case, np.ndarray]]):
+        self.folder, self.cases, self.evaluation, self.find = folder, cases, evaluation, find
+        self.path = storage.join(folder, "scores.json")
+        self.before = self._written()
+
+    def _written(self):
+        if not storage.exists(self.path):
+            return None
+        return storage.read_bytes(self.path) if storage.is_remote(self.path) else os.stat(self.path).st_mtime_ns
+
+    def by_another(self) -> bool:
+        """Whether another process has written them, since this one started."""
+        return self._written() != self.before
+
+    def write(self, shared: SharedCases, complete: bool) -> dict[str, Any]:
+        """Write the scores, unless another process does; returns their summary.
+
+        :param complete: whether no case is left out; then the masks are kept no longer.
+        """
+        while not self.by_another():
+            if not shared.take_lease("scores"):
+                shared.wait()
+                continue
+            try:
+                if not self.by_another():
+                    return self._bring_together(complete)
+            finally:
+                shared.leases.give_back(shared.path("scores"))
+        return json.loads(storage.read_bytes(self.path))
+
+    def _bring_together(self, complete):
+        known = {row.case for row in self.evaluation.rows}
+        names = {self.cases.cases[i].name: i for i in range(len(self.cases)) if i not in self.cases.problems}
+        for name, i in names.items():
+            if name not in known and not self.evaluation.add_state(files.kept_scores(self.folder, name)):
+                case, masks = self.find(i)
+                self.evaluation.add(*case, masks)
+        for name in self.evaluation.sort():
+            case, masks = self.find(names[name])
+            self.evaluation.show(*case, masks)
+        summary = self.evaluation.write(self.folder)
+        for name in names if complete else ():
+            with contextlib.suppress(OSError):
+                storage.remove(files.kept_file(self.folder, name))
+        return summary
 
 
 def what_is_where(args: SimpleNamespace, folder: str, done: str, formats: set[str]) -> str:
@@ -140,16 +220,17 @@ def main() -> None:
     mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
     look = partial(find_masks, cases, folder=folder, num_ensemble=args.num_ensemble, settings=settings,
                    kept=args.evaluate)
-    todo = []
-    for i, found in progress(cases.readable(mine, look), "looking for masks", len(mine), "case", enabled=rank == 0,
-                             leave=False):
-        if not found:
-            todo.append(i)
-        elif evaluation:
-            whole, masks = found
-            evaluation.add(*whole, masks)
+    scores = Scores(folder, cases, evaluation, look) if evaluation else None
+    looked = progress(cases.readable(mine, look), "looking for masks", len(mine), "case", enabled=rank == 0,
+                      leave=False)
+    todo = sorted(sum(dist_util.all_gather_objects([i for i, found in looked if not found]), []))
     problems = shared_problems(cases)
-    before = len(cases) - len(problems) - sum(dist_util.all_gather_objects(len(todo)))
+    before = len(cases) - len(problems) - len(todo)
+
+    def is_complete(i):
+        if scores and scores.by_another():
+            return True
+        return any(found for _, found in cases.readable([i], look))
 
     # no batch is larger than all there is to draw, whatever is already done and however many processes share it
     auto = args.batch_size == "auto"
@@ -176,66 +257,74 @@ def main() -> None:
         sampler.fit_batch_size(blank)
         batch_size = sampler.batch_size
         logger.log(f"--batch_size auto: {batch_size}")
-    batches = -(-len(todo) * args.num_ensemble // batch_size)
-    announce_time(sampler, batches, blank)
-    view = SamplingView(folder, vars(args), None if storage.is_remote(folder) else folder, len(todo),
+    share = -(-len(todo) // world_size)  # of this process, about
+    announce_time(sampler, -(-share * args.num_ensemble // batch_size), blank)
+    view = SamplingView(folder, vars(args), None if storage.is_remote(folder) else folder, share,
                         method.steps, enabled=rank == 0)
     start = time.perf_counter()
-    with dist_util.all_ranks_or_none(), files.BackgroundWriter() as write, \
-            progress(desc="sampling", total=len(todo) * args.num_ensemble, unit="mask", enabled=rank == 0) as bar:
+    dist_util.part()
+    first = rank * len(todo) // world_size
+    order = {i: cases.cases[i].name for i in (*todo[first:], *todo[:first])}
+    shared = SharedCases(folder, order, is_complete, args.dist_timeout, files.digest_of(
+        settings[0], num_ensemble=args.num_ensemble, evaluate=args.evaluate))
+    with shared, files.BackgroundWriter() as write, \
+            progress(desc="sampling", total=share * args.num_ensemble, unit="mask", enabled=rank == 0) as bar:
         def on_step(members, x, x_start):
-            dist_util.at((next(steps),), "drawing")
             bar.update(len(set(members)) / method.steps)
             view.on_step(members, x, x_start)
 
         def begun():
-            for i, (case, whole) in cases.readable(todo, lambda i: (cases[i], cases.whole(i))):
-                ways[case.name] = whole, cases.fitting(i)
+            for i in shared.take():
+                try:
+                    case, ways[case.name] = cases[i], (i, cases.whole(i), cases.fitting(i))
+                except InputError as error:
+                    cases.problems[i] = str(error)
+                    shared.drop(i)
+                    continue
                 view.begin(case)
                 yield case
 
-        steps, ways = itertools.count(1), {}
-        for case, samples in sampler.ensembles(begun(), args.num_ensemble, on_step):
-            fingerprint = files.fingerprint(case, **settings[0])
-            whole, fitting = ways.pop(case.name)
-            samples = fitting.back(samples)
-            masks = to_masks(samples, args.median_blur)
-            if evaluation:
-                evaluation.add(*whole, masks)
-                write(files.keep_masks, folder, whole.name, masks, fingerprint)
-            else:
-                write(files.write_case, folder, whole, samples, masks, fingerprint, method.independent)
-            view.show_case(whole, masks)
-        dist_util.at(None)
-    view.close()
-    problems = shared_problems(cases)
-    if not evaluation:
-        drawn = {i for part in dist_util.all_gather_objects(todo) for i in part}
-        with dist_util.all_ranks_or_none():
-            unplaced = write_volumes(cases, drawn, args, folder)
-        for problem in sum(dist_util.all_gather_objects(unplaced), []):
-            logger.log(problem)
+        ways = {}
+        while shared.left:
+            for case, samples in sampler.ensembles(begun(), args.num_ensemble, on_step):
+                i, whole, fitting = ways.pop(case.name)
+                fingerprint = files.fingerprint(case, **settings[0])
+                samples = fitting.back(samples)
+                masks = to_masks(samples, args.median_blur)
+                if evaluation:
+                    evaluation.add(*whole, masks)
+                    written = partial(files.keep_masks, folder, whole.name, masks, fingerprint, evaluation.state())
+                else:
+                    written = partial(files.write_case, folder, whole, samples, masks, fingerprint, method.independent)
+                write(shared.finish, i, written)
+                view.show_case(whole, masks)
+            write.wait()
+            if shared.left:
+                shared.wait()
+        view.close()
+        unplaced = [] if evaluation else write_volumes(cases, {*todo}, args, folder, shared)
+        problems = [cases.problems[i] for i in sorted(cases.problems)]
+        after = len(cases) - len(problems)
+        scored = scores.write(shared, complete=not problems) if evaluation and after else None
+        shared.clean(name for i, case in enumerate(cases.cases) if i not in cases.problems
+                     for name in filter(None, (case.name, case.volume)))
 
-    after = len(cases) - len(problems)
+    if rank > 0:  # one of each launch says what has become of it
+        return
+    for problem in unplaced:
+        logger.log(problem)
     seconds, drawn = time.perf_counter() - start, (after - before) * args.num_ensemble
     done = f"{after - before} cases, {drawn} masks" + (f", {seconds / drawn:.3g} seconds per mask" if drawn else "")
     if evaluation:
         logger.log(done)
-        evaluation.gather()
+        if after:
+            logger.log(report(scored, folder))
     elif after:
         logger.log(what_is_where(args, folder, done, cases.readers_used))
-    with dist_util.all_ranks_or_none():
-        if evaluation and rank == 0 and after:
-            logger.log(report(evaluation.write(folder), folder))
-    with dist_util.all_ranks_or_none():
-        others = f"all other cases ({after}) are complete in {folder}"
-        if len(problems) == 1:
-            problems = [f"{problems[0]}; {others}"]
-        raise_problems(problems, f"{args.data_dir}; {others}")
-    if evaluation:
-        for i in mine:
-            with contextlib.suppress(OSError):
-                storage.remove(files.kept_file(folder, cases.cases[i].name))
+    others = f"all other cases ({after}) are complete in {folder}"
+    if len(problems) == 1:
+        problems = [f"{problems[0]}; {others}"]
+    raise_problems(problems, f"{args.data_dir}; {others}")
 
 
 def run() -> None:

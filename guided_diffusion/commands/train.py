@@ -48,6 +48,7 @@ from ..system.errors import InputError
 from ..system.terminal import summary
 from ..train_util import TrainLoop
 from ..training.best import Best
+from ..training.ownership import Ownership
 from ..training.resume import Checkpoints, resume, start_from
 from ..training.settings import Settings
 from ..training.validation import SHOWN, Validation
@@ -57,6 +58,15 @@ from .program import command
 
 
 def main() -> None:
+    with contextlib.ExitStack() as held:
+        stopped_by = train(held)
+    if stopped_by:
+        dist_util.cleanup()
+        sys.exit(128 + stopped_by)
+
+
+def train(held: contextlib.ExitStack) -> int | None:
+    """Train; returns the signal that ended it. What this process `held` is given back by the caller."""
     args, given = start_script("training", __doc__)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -102,7 +112,7 @@ def main() -> None:
             manifest.refuse_shared(cases.cases, held_out.cases, args.data_dir, args.val_dir)
         refuse_unused(vars(args), cases.readers_used | (held_out.readers_used if held_out else set()), args.data_dir)
         storage.make_folder(folder)
-        claim = storage.claim(folder) if first else contextlib.nullcontext()
+        owned = [held.enter_context(Ownership(folder, args.dist_timeout))] if first else []
         storage.remove_partial(folder)
 
     logger.configure(local_folder(folder), enabled=first,
@@ -118,10 +128,12 @@ def main() -> None:
                f" parameters; {world_size} process(es) on {dist_util.dev()}")
 
     validation = make_validation(args, cases, held_out, dtype) if args.sample_interval else None
+    checkpoints = Checkpoints(folder, args.save_interval, args.keep_checkpoints, args.save_patience)
+    held.callback(checkpoints.saver.finish)
     loop = TrainLoop(method.to(dist_util.dev()), ShuffledCases(cases, args.seed, augment, window),
                      Settings.from_flags(args, dtype), [
-        RanksWatched(), BadSteps(args.max_bad_steps), *filter(None, [validation]), Best(folder),
-        Checkpoints(folder, args.save_interval, args.keep_checkpoints, args.save_patience)])
+        RanksWatched(), *owned, BadSteps(args.max_bad_steps), *filter(None, [validation]), Best(folder),
+        checkpoints])
     logger.log(what_a_step_takes(loop))
     if resume_from:
         with dist_util.all_ranks_or_none():
@@ -137,15 +149,12 @@ def main() -> None:
     if args.compile:
         compile_network(method.model, dist_util.dev())
     try:
-        with claim:
-            stopped_by = loop.run_loop()
+        stopped_by = loop.run_loop()
     finally:
         view.close()
     logger.log(what_is_where(args, folder, loop))
     logger.close()
-    if stopped_by:
-        dist_util.cleanup()
-        sys.exit(128 + stopped_by)
+    return stopped_by
 
 
 def make_validation(args: SimpleNamespace, cases: SegmentationCases, held_out: SegmentationCases | None,

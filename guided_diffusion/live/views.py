@@ -19,6 +19,7 @@ from ..data.cases import Case
 from ..data.masks import to_masks
 from ..draw import montage
 from ..system import packages, storage
+from ..system.lease import Lost
 from ..system.terminal import duration
 from ..training import validation
 from ..training.callback import Callback, Loop
@@ -225,7 +226,7 @@ class ProgressPicture:
 
     def _draw(self, rows):
         start = time.monotonic()
-        with suppress(OSError, ImportError):  # training does without, even where matplotlib is broken
+        with suppress(OSError, ImportError, Lost):  # training does without, even where matplotlib is broken
             from ..draw.plots import progress_figure
 
             if rows:

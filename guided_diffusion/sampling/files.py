@@ -10,7 +10,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -30,7 +30,7 @@ from ..system.errors import InputError
 class BackgroundWriter:
     """Runs functions one after another on a thread, so that files are written while the next batch is drawn.
 
-    Leaving its `with` waits for all; an error of one is raised at the next call, or then.
+    `wait`, or leaving its `with`, waits for all; an error of one is raised at the next call, or then.
     """
 
     def __init__(self, most_waiting: int = 8):
@@ -42,14 +42,17 @@ class BackgroundWriter:
         while self.waiting and (self.waiting[0].done() or len(self.waiting) > self.most_waiting):
             self.waiting.popleft().result()
 
+    def wait(self) -> None:
+        while self.waiting:
+            self.waiting.popleft().result()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.pool.shutdown()
         if exception[0] is None:
-            while self.waiting:
-                self.waiting.popleft().result()
+            self.wait()
 
 
 # ---- files of a case ----
@@ -142,6 +145,11 @@ def drawing_settings(args: SimpleNamespace, model_digest: str) -> list[dict[str,
     return [{**settings, **_ONLY_IN_TRAINING}, settings]
 
 
+def digest_of(settings: Mapping[str, Any], **more: Any) -> str:
+    """A hash of settings that decide masks, and of more."""
+    return hashlib.sha256(json.dumps({**settings, **more}, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(case: Case, **settings: Any) -> str:
     """A hash of a case's image and of everything else that decides its samples."""
     text = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -153,7 +161,7 @@ def is_complete(folder: str, case_name: str, shape: tuple[int, int, int], *wante
     """Whether all files of a case are there, its samples of this shape (n, H, W) and from settings with one of the
     fingerprints `wanted`."""
     paths = [storage.join(folder, name) for name in result_names(case_name, shape[0])]
-    if not all(map(storage.exists, paths)):
+    if not all(map(storage.exists, reversed(paths))):  # the last one is written last
         return False
     most = 5 * math.prod(shape) + 4096  # bytes, packed or not: 4 a pixel, and some around them
     try:
@@ -189,14 +197,22 @@ def kept_file(folder: str, case_name: str) -> str:
     return storage.join(folder, f".drawn_{case_name}.pt")
 
 
-def keep_masks(folder: str, case_name: str, masks: np.ndarray, fingerprint: str) -> None:
-    """Keep masks [n, H, W] bool, and the fingerprint of what drew them, for a run that goes on after this one.
+def keep_masks(folder: str, case_name: str, masks: np.ndarray, fingerprint: str, scored: dict[str, Any] | None = None
+               ) -> None:
+    """Keep masks [n, H, W] bool, the fingerprint of what drew them and how they were scored, for the process that
+    brings all scores together, and for a run that goes on after this one.
 
+    :param scored: what Evaluation.state said of them.
     :raises InputError: if the file cannot be written.
     """
     packed = torch.from_numpy(pack(masks))
     with writing(kept_file(folder, case_name)) as path:
-        checkpoint.save(path, {"fingerprint": fingerprint, "masks": packed})
+        checkpoint.save(path, {"fingerprint": fingerprint, "masks": packed, **({"scored": scored} if scored else {})})
+
+
+def kept_scores(folder: str, case_name: str) -> dict[str, Any] | None:
+    """What keep_masks was told of the scores of masks that kept_masks returns."""
+    return checkpoint.load(kept_file(folder, case_name)).get("scored")
 
 
 def kept_masks(folder: str, case_name: str, shape: tuple[int, int, int], *wanted: str

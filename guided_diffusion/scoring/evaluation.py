@@ -75,15 +75,46 @@ class Evaluation:
         self.rows.append(case)
         self.shown = _best_and_worst([*self.shown, (case.score("GED"), name, image, raters, predictions)])
 
+    def state(self) -> dict[str, Any]:
+        """What is known of the case that was added last, and how it was scored: strings, numbers and tensors, for
+        `add_state` of another process."""
+        return {"settings": self._settings(), "row": _as_tensors(self.rows[-1])}
+
+    def add_state(self, state: Any) -> bool:
+        """Take a case over from what `state` returned, without its masks (see `show`); whether it could be, since it
+        was scored as this process scores."""
+        try:
+            if state["settings"] != self._settings():
+                return False
+            self.rows.append(_as_row(state["row"]))
+        except (AttributeError, LookupError, TypeError, ValueError):  # damaged, or none
+            return False
+        return True
+
+    def _settings(self):
+        options = {flag.name: repr(self.options.get(flag.name, flag.default)) for flag in metrics.SCORES.flags()}
+        return json.dumps([self.sizes, self.seed, self.independent, list(metrics.SCORES), options], sort_keys=True)
+
+    def sort(self) -> list[str]:
+        """Bring the cases into the order of names; returns those that are among the best or the worst and of which
+        `show` needs the masks, since they were added by `add_state`."""
+        rows = {row.case: row for row in self.rows}  # one that was taken for gone may have drawn a case twice
+        self.rows = [rows[name] for name in sorted(rows)]
+        extremes = {name for _, name in _best_and_worst([(row.score("GED"), row.case) for row in self.rows])}
+        self.shown = [*{case[1]: case for case in self.shown if case[1] in extremes}.values()]
+        return sorted(extremes - {case[1] for case in self.shown})
+
+    def show(self, name: str, image: np.ndarray, raters: np.ndarray, predictions: np.ndarray) -> None:
+        """Put a case that was added by `add_state` among the best and the worst; arrays as `add` takes them."""
+        ged = next(row.score("GED") for row in self.rows if row.case == name)
+        self.shown = _best_and_worst([*self.shown, (ged, name, image, raters, predictions)])
+
     def gather(self) -> None:
         """Bring together what all ranks scored, on every rank, in the order of names."""
-        rows = [(*row[:3], {key: torch.from_numpy(values) for key, values in row.scores.items()},
-                 torch.from_numpy(row.calibration), row.pictures) for row in self.rows]
+        rows = [_as_tensors(row) for row in self.rows]
         shown = [(*case[:2], *map(torch.from_numpy, case[2:])) for case in self.shown]
         parts = dist_util.all_gather_objects((rows, shown))
-        rows = [ScoredCase(*row, {key: values.numpy() for key, values in scores.items()}, calibration.numpy(), pictures)
-                for rows, _ in parts for *row, scores, calibration, pictures in rows]
-        self.rows = sorted(rows, key=lambda row: row.case)
+        self.rows = sorted((_as_row(row) for rows, _ in parts for row in rows), key=lambda row: row.case)
         self.shown = _best_and_worst((*case[:2], *(tensor.numpy() for tensor in case[2:]))
                                      for _, shown in parts for case in shown)
 
@@ -267,6 +298,18 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(word.ljust(width) for word, width in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _as_tensors(row):
+    """A ScoredCase as other processes may read it."""
+    return (*row[:3], {key: torch.from_numpy(values) for key, values in row.scores.items()},
+            torch.from_numpy(row.calibration), row.pictures)
+
+
+def _as_row(state):
+    """What _as_tensors returned as a ScoredCase again."""
+    *row, scores, calibration, pictures = state
+    return ScoredCase(*row, {key: values.numpy() for key, values in scores.items()}, calibration.numpy(), pictures)
 
 
 def _best_and_worst(cases):

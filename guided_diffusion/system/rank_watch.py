@@ -20,8 +20,9 @@ from typing import Any
 
 from .terminal import program_name
 
+LAUNCHED_APART = "GUIDED_DIFFUSION_LAUNCHED"  # in the environment of processes that dist_util starts without torchrun
 # set by launchers that outlive their processes: torchrun, Open MPI, MPICH and its kin
-_LAUNCHED = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", LAUNCHED_APART)
 PARENT = os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
 
 

@@ -7,12 +7,16 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from . import packages
 from .errors import InputError
 
 AnyPath = str | os.PathLike[str]  # of a file or folder on this machine or, as a string with ://, in a bucket
+
+
+_fences: dict[str, Callable[[], None]] = {}  # folder -> what is asked before a file of it changes
 
 
 def is_remote(path: AnyPath) -> bool:
@@ -48,9 +52,24 @@ def make_folder(folder: AnyPath, flag: str = "--results_dir") -> None:
         raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
-def claim(folder: AnyPath, flag: str = "--results_dir", name: str = ".training.lock", doing: str = "is training"
-          ) -> contextlib.AbstractContextManager:
-    """Claim a folder for what this process does, until what is returned is closed.
+def fence(folder: AnyPath, check: Callable[[], None] | None) -> None:
+    """Call a function before each change to a file of a folder, which raises what keeps the file as it is; None ends
+    this."""
+    folder = folder_of(join(folder, "any"))
+    if check:
+        _fences[folder] = check
+    else:
+        _fences.pop(folder, None)
+
+
+def _ask(path):
+    if check := _fences.get(folder_of(path)):
+        check()
+
+
+def claim(folder: AnyPath, flag: str, name: str, doing: str) -> contextlib.AbstractContextManager:
+    """Claim a folder of this machine for what this process does, until what is returned is closed; see system.lease for
+    one that several machines share.
 
     :param flag: that the folder comes from; name: of the file that is locked; doing: what is done, for the message.
     :raises InputError: if another process has claimed it. Buckets, Windows and file systems without locks do not tell.
@@ -89,6 +108,7 @@ def replace_link(path: AnyPath) -> None:
 
 
 def remove(path: AnyPath) -> None:
+    _ask(path)
     if is_remote(path):
         _blobfile().remove(str(path))
     else:
@@ -98,6 +118,7 @@ def remove(path: AnyPath) -> None:
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
     if is_remote(path):  # an object appears when its upload is complete
+        _ask(path)
         with _blobfile().BlobFile(str(path), "wb") as file:
             file.write(data)
         return
@@ -108,9 +129,67 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        _ask(path)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_new(path: AnyPath, data: bytes) -> bool:
+    """Write a small file unless there is one of that name; whether it was written. Of several machines that try at the
+    same time, one succeeds."""
+    if is_remote(path):
+        return _put_new(str(path), data)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        os.write(file, data)
+    except OSError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(file)
+    return True
+
+
+def _put_new(path, data):
+    """write_new for a bucket. blobfile has no such call, but the stores have: it is made with blobfile's credentials.
+
+    Sources: Google Cloud Storage, request preconditions (ifGenerationMatch 0); Azure, Put Blob (If-None-Match *).
+    """
+    blobfile = _blobfile()
+    from blobfile import _azure, _gcp
+    from blobfile._common import Request
+
+    conf = blobfile.create_context()._conf
+    if path.startswith("gs://"):
+        bucket, name = _gcp.split_path(path)
+        request = Request("POST", _gcp.build_url("/upload/storage/v1/b/{bucket}/o", bucket=bucket), data=data,
+                          params={"uploadType": "media", "name": name, "ifGenerationMatch": "0"},
+                          headers={"Content-Type": "application/octet-stream"}, success_codes=(200, 412))
+        return _gcp.execute_api_request(conf, request).status == 200
+    account, container, name = _azure.split_path(path)
+    request = Request("PUT", _azure.build_url(account, "/{container}/{name}", container=container, name=name),
+                      data=data, headers={"x-ms-blob-type": "BlockBlob", "If-None-Match": "*"},
+                      success_codes=(201, 409, 412))
+    return _azure.execute_api_request(conf, request).status == 201
+
+
+def remove_exactly(path: AnyPath, data: bytes) -> None:
+    """Remove a small file that holds these bytes, not one that has taken its place meanwhile (in a bucket, almost)."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_remote(path):
+            if read_bytes(path) == data:
+                remove(path)
+            return
+        aside = _temporary(Path(path))
+        os.rename(path, aside)
+        if aside.read_bytes() != data:
+            with contextlib.suppress(OSError):
+                os.link(aside, path)
+        aside.unlink()
 
 
 def _temporary(path):
@@ -127,12 +206,13 @@ def remove_partial(folder: AnyPath) -> None:
             continue
         writer = int(match[2])
         with contextlib.suppress(OSError):  # another process may remove it, too
-            gone = match[1].endswith(here) and (writer == os.getpid() or not _runs(writer))  # numbers come round again
+            gone = match[1].endswith(here) and (writer == os.getpid() or not runs(writer))  # numbers come round again
             if gone or time.time() - path.stat().st_mtime > 86400:
                 path.unlink()
 
 
-def _runs(process):
+def runs(process: int) -> bool:
+    """Whether a process of this machine is there."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

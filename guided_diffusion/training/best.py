@@ -7,6 +7,7 @@ from ..data.cases import Case, digest_of
 from ..networks.base import trained_state
 from ..system import storage
 from ..system.errors import InputError
+from ..system.lease import Lost
 from .callback import Callback, Loop
 from .validation import SCORED
 
@@ -55,6 +56,8 @@ class Best(Callback):
         weights = trained_state(loop.ema[rate] if averaged else loop.method.model)
         try:
             checkpoint.save_best(self.folder, {name: value.cpu() for name, value in weights.items()}, facts)
+        except Lost:
+            raise
         except Exception as error:  # a bucket raises almost anything
             logger.log(f"{checkpoint.BEST} of step {loop.step} could not be saved in {self.folder} ({error}); training"
                        f" goes on")

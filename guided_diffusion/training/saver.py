@@ -12,6 +12,7 @@ import torch
 from .. import logger
 from ..checkpoint import FROZEN, NEWEST, files_of, save, steps_in
 from ..system import storage
+from ..system.lease import Lost
 
 
 class Saver:
@@ -50,6 +51,8 @@ class Saver:
         if not self.job or not self.job[1].done():
             return
         (step, future), self.job = self.job, None
+        if isinstance(future.exception(), Lost):
+            raise future.exception()
         if future.exception():
             self.problem = f"step {step} could not be saved in {self.folder} ({future.exception()})"
             logger.log(f"{self.problem}; training goes on, and saving is tried again")

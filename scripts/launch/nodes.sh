@@ -9,5 +9,5 @@
 # LOGS        a folder for what each process prints; without it, all print here
 set -eu
 exec torchrun --nnodes="${NODES:-2}" --nproc_per_node="${PROCESSES:-1}" --max-restarts="${RESTARTS:-3}" \
-  --rdzv_backend=c10d --rdzv_endpoint="$RENDEZVOUS" --rdzv_id="${JOB:-cimd}" --rdzv_conf=join_timeout=600 \
+  --rdzv_backend=c10d --rdzv_endpoint="$RENDEZVOUS" --rdzv_id="${JOB:-$RENDEZVOUS}" --rdzv_conf=join_timeout=600 \
   ${ADDRESS:+--local-addr="$ADDRESS"} ${LOGS:+--log-dir="$LOGS" --redirects=3} --no-python cimd-train "$@"

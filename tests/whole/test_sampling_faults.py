@@ -457,7 +457,7 @@ def ended_well(result, path):
         f"error: {path}" in result.err and "give the same command again" in result.err)
 
 
-@pytest.mark.parametrize("flag, count, size", [([], 10, 160), (["--evaluate", "True"], 3, 12)])
+@pytest.mark.parametrize("flag, count, size", [([], 10, 160), (["--evaluate", "True"], 3, 32)])
 def test_a_full_disk_ends_the_run_in_one_line_and_more_room_lets_it_go_on(sample, disk, undrawn, tmp_path, flag, size,
                                                                           count):
     assert sample("whole", *flag).code == 0
@@ -488,7 +488,8 @@ def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(sample, disk, 
         context.setattr(files, "write_case", failing)
         result = sample("results")
     assert ended_well(result, "results/case2_") and "Read-only" in result.err, result.err
-    assert {name.split("_")[0] for name in tree("results")} == {"case0", "case1"}
+    # what a disk that takes no change keeps, too, are the leases of the others
+    assert {name.split("_")[0] for name in tree("results") if name[0] != "."} == {"case0", "case1"}
     disk("rw")
     result = sample("results")
     assert result.code == 0 and "2 of them already complete" in result.out

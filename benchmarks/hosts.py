@@ -1,0 +1,420 @@
+"""Several hosts on this machine, cut off and slowed down: is anything lost, wrong, or written by one left behind?
+
+    python benchmarks/hosts.py                  # all of it
+    python benchmarks/hosts.py --rounds 1       # a short version, in about two minutes
+
+A host is a set of Linux namespaces (network, UTS, PID, mount): it has an address, a name and a list of processes of its
+own, and shares the disk with the others. Frames between hosts go through a switch, a thread of this program between
+their TAP devices, with --delay seconds each way and --loss of the frames lost, and cuts hosts off. All of it is removed
+at the end: a host's processes die with its first one.
+
+equal: torchrun over two hosts with a process each trains the weights of two local processes, to the bit, without and
+with delay and loss; two hosts that share a results folder draw the masks of one, to the byte. cut: a host is cut off in
+the middle of a step; both hosts' processes must end within --dist_timeout, with a message that names it. rounds: of two
+hosts one, that of rank 0 too, is cut off at a random moment, and two others go on at once, as an elastic launcher lets
+them: the one that was left behind must write nothing from then on, and end; the weights must be those of an undisturbed
+run, to the bit.
+
+What is random follows from --seed, but for the machine's own timing. Needs root, or user namespaces. Exit code 1 if
+anything was wrong, 77 where this kernel permits no namespaces.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import heapq
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from common import ROOT
+from torture import differences
+
+from guided_diffusion import checkpoint
+from guided_diffusion.data import phantoms
+from guided_diffusion.scoring.evaluation import markdown
+from guided_diffusion.training.ownership import LOCK
+
+SCRIPTS = ROOT / "scripts"
+STEPS, CASES, PORT = 24, 8, 29500
+TIMEOUT, PATIENCE = 6, 240  # seconds: --dist_timeout; until a run counts as hanging
+MODEL = dict(image_size=16, image_channels=1, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=1,
+             attention_resolutions="8")
+TRAINING = dict(MODEL, diffusion_steps=10, noise_schedule="cosine", num_filters="8,16", dropout=0.1, lr=1e-3,
+                batch_size=2, max_steps=STEPS, save_interval=2, log_interval=10, sample_interval=0,
+                dist_timeout=TIMEOUT)
+# runs a script, and notes each file that it renames into place: time, name
+TRACED = """
+import os, runpy, sys, time
+log, sys.argv = sys.argv[1], sys.argv[2:]
+replace = os.replace
+def noted(source, target, **more):
+    replace(source, target, **more)
+    with open(log, "a") as file:
+        file.write(f"{time.time()} {target}\\n")
+os.replace = noted
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# the first process of a host: sets it up, hands its TAP device out, and takes in orphans until this program is gone
+FIRST = """
+import contextlib, fcntl, os, select, socket, struct, subprocess, sys
+name, address, door, hosts_file = sys.argv[1:]
+socket.sethostname(name)
+tap = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", b"tap0", 0x0002 | 0x1000))  # TUNSETIFF; a TAP, bare frames
+for words in ("ip link set lo up", "ip link set tap0 mtu 9000 up", f"ip addr add {address}/24 dev tap0",
+              f"mount --bind {hosts_file} /etc/hosts"):
+    subprocess.run(words.split(), check=True)
+door = socket.socket(fileno=int(door))
+socket.send_fds(door, [b"tap"], [tap])
+os.close(tap)
+while not select.select([door], [], [], 0.2)[0]:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+"""
+
+
+class Wrong(Exception):
+    """What should not have happened."""
+
+
+class Switch:
+    """Passes frames on between TAP devices by the addresses it has learnt; `cut` holds those that are cut off.
+
+    :param delay: seconds of a frame on its way; loss: the share of frames that are lost.
+    """
+
+    def __init__(self, seed, delay=0.0, loss=0.0):
+        self.random, self.delay, self.loss = random.Random(seed), delay, loss
+        self.taps, self.cut, self.places, self.waiting, self.count = [], set(), {}, [], 0
+        self.closed = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        while not self.closed.is_set():
+            left = self.waiting[0][0] - time.monotonic() if self.waiting else 0.1
+            for tap in select.select(list(self.taps), [], [], min(max(left, 0), 0.1))[0]:
+                with contextlib.suppress(OSError):
+                    self._receive(tap, os.read(tap, 65536))
+            while self.waiting and self.waiting[0][0] <= time.monotonic():
+                _, _, tap, frame = heapq.heappop(self.waiting)
+                if tap not in self.cut:
+                    with contextlib.suppress(OSError):  # the host is gone
+                        os.write(tap, frame)
+
+    def _receive(self, tap, frame):
+        if tap in self.cut:
+            return
+        target, self.places[frame[6:12]] = frame[:6], tap
+        for other in [self.places[target]] if target in self.places else self.taps:
+            if other != tap and self.random.random() >= self.loss:
+                self.count += 1
+                heapq.heappush(self.waiting, (time.monotonic() + self.delay, self.count, other, frame))
+
+
+class Host:
+    """A host of the network 10.77.0.0/24, number 1 and up; gone when `close` was called, with all its processes."""
+
+    def __init__(self, number, switch, hosts_file):
+        self.name, self.address = f"host{number}", f"10.77.0.{number}"
+        self.door, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                ["unshare", *(["-U", "-r"] if os.geteuid() else []), "-n", "-u", "-p", "-m", "--fork", "--mount-proc",
+                 "--kill-child", sys.executable, "-S", "-c", FIRST, self.name, self.address, str(theirs.fileno()),
+                 str(hosts_file)], pass_fds=[theirs.fileno()])
+        _, (self.tap,), _, _ = socket.recv_fds(self.door, 10, 1)
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        self.first = int(children.read_text().split()[0])
+        switch.taps.append(self.tap)
+        self.switch = switch
+
+    def start(self, command, folder, **env):
+        """Start a command on the host; its output goes to the end of <host>.txt in a folder."""
+        user = ["--user", "--preserve-credentials"] if os.geteuid() else []
+        enter = ["nsenter", "--target", str(self.first), *user, "--net", "--uts", "--pid", "--mount", "--"]
+        kept = {name: value for name, value in os.environ.items() if name not in ("OPENAI_LOGDIR", "http_proxy",
+                                                                                  "https_proxy")}
+        kept.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME="tap0", **env)
+        with open(folder / f"{self.name}.txt", "ab") as output:
+            return subprocess.Popen([*enter, *map(str, command)], env=kept, cwd=folder, stdin=subprocess.DEVNULL,
+                                    stdout=output, stderr=subprocess.STDOUT)
+
+    def processes(self):
+        """Command lines of the host's processes, but for its first one."""
+        listed = subprocess.run(["nsenter", "--target", str(self.first), "--pid", "--mount", "--", "ps", "-eo",
+                                 "pid=,args="], capture_output=True, text=True).stdout.splitlines()
+        return [line.strip() for line in listed if "segmentation_" in line]
+
+    def cut(self, off=True):
+        (self.switch.cut.add if off else self.switch.cut.discard)(self.tap)
+
+    def end_all(self):
+        """Kill all processes of the host but its first one."""
+        subprocess.run(["nsenter", "--target", str(self.first), "--pid", "--mount", "--", sys.executable, "-S", "-c",
+                        "import os; os.kill(-1, 9)"], capture_output=True)
+
+    def close(self):
+        self.switch.taps.remove(self.tap)
+        self.process.kill()  # the first process of the host dies with it, and so do all
+        self.process.wait()
+        self.door.close()
+        os.close(self.tap)
+
+
+def permitted():
+    """Why there can be no hosts on this machine; "" if there can."""
+    flags = 0x40000000 | 0x04000000 | 0x20000000 | 0x00020000  # CLONE_NEWNET, NEWUTS, NEWPID, NEWNS
+    child = os.fork()
+    if child == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        os._exit(libc.unshare(flags | (0x10000000 if os.geteuid() else 0)) and ctypes.get_errno())
+    error = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if error:
+        return f"no namespaces are permitted here ({os.strerror(error)})"
+    if missing := [name for name in ("unshare", "nsenter", "ip", "ps") if not shutil.which(name)]:
+        return f"{', '.join(missing)} not found; install util-linux, iproute2 and procps"
+    return "" if os.access("/dev/net/tun", os.R_OK | os.W_OK) else "/dev/net/tun is not there"
+
+
+@contextlib.contextmanager
+def hosts(count, folder, seed, delay=0.0, loss=0.0):
+    """So many hosts behind a switch."""
+    table = folder / "hosts"
+    table.write_text("127.0.0.1 localhost\n" + "".join(f"10.77.0.{i} host{i}\n" for i in range(1, count + 1)))
+    switch, made = Switch(seed, delay, loss), []
+    try:
+        for number in range(1, count + 1):
+            made.append(Host(number, switch, table))
+        yield made
+    finally:
+        switch.closed.set()
+        for host in made:
+            host.close()
+
+
+# ---- runs ----
+
+def words(**flags):
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def training(data, results):
+    return [SCRIPTS / "segmentation_train.py", *words(data_dir=data, fit="resize", results_dir=results, visdom_port=0,
+                                                      **TRAINING)]
+
+
+def torchrun(rank, port=PORT):
+    """Of two hosts, the first of which is host1."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
+            "--master_addr=10.77.0.1", f"--master_port={port}"]
+
+
+def finish(processes, seconds=PATIENCE):
+    """Wait for processes; their exit codes."""
+    end = time.monotonic() + seconds
+    codes = []
+    for process in processes:
+        try:
+            codes.append(process.wait(max(end - time.monotonic(), 0.01)))
+        except subprocess.TimeoutExpired:
+            raise Wrong(f"still running after {seconds} seconds") from None
+    return codes
+
+
+def local(command, folder):
+    """Run a command on this machine itself to its end."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], env=env, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise Wrong(f"undisturbed, exit code {done.returncode}: {done.stderr[-2000:]}")
+
+
+def same_weights(results, reference):
+    """:raises Wrong: unless the last checkpoint of a run is that of another, to the bit."""
+    for name in (checkpoint.model_name(STEPS), checkpoint.opt_name(STEPS), checkpoint.ema_name("0.9999", STEPS)):
+        if found := differences(*(checkpoint.load(folder / name) for folder in (results, reference)), name):
+            raise Wrong(f"not as undisturbed: {found[:3]}")
+
+
+def read(path):
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def wait_until(condition, what, seconds=PATIENCE):
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise Wrong(f"{what} did not happen in {seconds} seconds")
+        time.sleep(0.02)
+
+
+# ---- parts ----
+
+def equal(args, root, delay, loss):
+    """Two hosts train as two local processes, and share cases as one process draws them; returns a row of the table."""
+    folder = root / f"equal-{delay:g}-{loss:g}"
+    folder.mkdir()
+    with hosts(2, folder, args.seed, delay, loss) as two:
+        begin = time.monotonic()
+        runs = [host.start([*torchrun(rank), *training(root / "data", folder / "results")], folder)
+                for rank, host in enumerate(two)]
+        if any(codes := finish(runs)):
+            raise Wrong(f"exit codes {codes}: {read(folder / 'host1.txt')[-2000:]}")
+        seconds = time.monotonic() - begin
+        same_weights(folder / "results", root / "reference")
+        for word in ("Traceback", "Error"):
+            if word in read(folder / "host1.txt") + read(folder / "host2.txt"):
+                raise Wrong(f"{word} in the output")
+        command = sampling(root, folder / "masks")
+        if any(finish([host.start(command, folder) for host in two])):
+            raise Wrong(read(folder / "host1.txt")[-2000:])
+    different = [path.name for path in (root / "masks").iterdir()
+                 if not (folder / "masks" / path.name).exists()
+                 or path.read_bytes() != (folder / "masks" / path.name).read_bytes()]
+    if different or len([*(root / "masks").iterdir()]) != len([*(folder / "masks").iterdir()]):
+        raise Wrong(f"other masks: {different}")
+    return [f"equal, {1000 * delay:g} ms delay, {100 * loss:g} % loss",
+            "2 x 1 as 2 local, to the bit; masks to the byte", f"{seconds:.0f}"]
+
+
+def sampling(root, results):
+    return [sys.executable, SCRIPTS / "segmentation_sample.py", *words(
+        data_dir=root / "data", fit="resize", model_path=root / "reference" / checkpoint.NEWEST, results_dir=results,
+        num_ensemble=3, batch_size=4, visdom_port=0, dist_timeout=TIMEOUT)]
+
+
+def cut(args, root, rank):
+    """A host is cut off in the middle of a step; the processes of both end and say why."""
+    folder = root / f"cut-{rank}"
+    folder.mkdir()
+    with hosts(2, folder, args.seed) as two:
+        runs = [host.start([*torchrun(number), *training(root / "data", folder / "results")], folder)
+                for number, host in enumerate(two)]
+        wait_until(lambda: checkpoint.steps_in(folder / "results"), "the first checkpoint")
+        two[rank].cut()
+        begin, other = time.monotonic(), folder / f"{two[1 - rank].name}.txt"
+        fault = f"on {two[rank].name}) has not answered for"
+        wait_until(lambda: fault in read(other), f"a message that names {two[rank].name}", TIMEOUT + 30)
+        seconds = time.monotonic() - begin
+        line = next(line for line in read(other).splitlines() if fault in line)
+        if seconds > TIMEOUT + 5:
+            raise Wrong(f"after {seconds:.0f} seconds: {line}")
+        finish(runs, 120)
+        if left := [line for host in two for line in host.processes()]:
+            raise Wrong(f"left running: {left}")
+    return [f"cut, rank {rank}'s host", line.split("error: ")[1].split(". ")[0], f"{seconds:.1f}"]
+
+
+def rank_on(host, root, folder, rank, address, port):
+    """One rank of two on a host, as an elastic launcher named "job" would start it."""
+    command = [sys.executable, "-c", TRACED, folder / f"writes-{host.name}",
+               *training(root / "data", folder / "results")]
+    return host.start(command, folder, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+                      MASTER_ADDR=address, MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="job")
+
+
+def one_round(args, root, number):
+    """Returns the rank whose host was cut off, and the step that the others went on from."""
+    rng, folder = random.Random(f"{args.seed} {number}"), root / f"round{number}"
+    folder.mkdir()
+    results, victim = folder / "results", rng.randrange(2)
+    with hosts(3, folder, args.seed + number) as three:
+        for rank in range(2):
+            rank_on(three[rank], root, folder, rank, three[0].address, PORT)
+        wait_until(lambda: (results / LOCK).exists(), "the start")
+        goal = rng.randrange(2, STEPS - 8, 2)
+        wait_until(lambda: (checkpoint.steps_in(results) or [0])[-1] >= goal, f"step {goal}")
+        time.sleep(rng.uniform(0, 0.3))
+        three[victim].cut()
+        others = [host for host in three if host is not three[victim]]
+        others[0].end_all()  # the launcher ends what is left of the first start
+        for rank, host in enumerate(others):
+            rank_on(host, root, folder, rank, others[0].address, PORT + 1)
+        first = json.loads((results / LOCK).read_bytes())["generation"]
+        wait_until(lambda: not (results / LOCK).exists() or generation(results) not in ("", first), "a new start")
+        taken = time.time()
+        wait_until(lambda: (results / checkpoint.model_name(STEPS)).exists() and not (results / LOCK).exists(),
+                   "the end")
+        wait_until(lambda: not any(host.processes() for host in three), "the end of all processes", 60)
+        late = [line for line in read(folder / f"writes-{three[victim].name}").splitlines()
+                if float(line.split()[0]) > taken]
+        if late:
+            raise Wrong(f"{three[victim].name} was left behind, and wrote {late}")
+        said = read(folder / f"{others[0].name}.txt")
+        same_weights(results, root / "reference")
+        if left := [path.name for path in results.iterdir() if path.name.endswith(".partial")]:
+            raise Wrong(f"left over: {left}")
+    return victim, int(said.split("resumed at step ")[1].split()[0])
+
+
+def generation(results):
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads((results / LOCK).read_bytes())["generation"]
+    return ""
+
+
+def rounds(args, root):
+    found = []
+    begin = time.monotonic()
+    for number in range(args.rounds):
+        try:
+            found.append(one_round(args, root, number))
+        except Wrong as error:
+            raise Wrong(f"round {number}: {error}") from None
+        print(f"round {number}: the host of rank {found[-1][0]} was cut off, the others went on from step"
+              f" {found[-1][1]}", flush=True)
+    ranks = [victim for victim, _ in found]
+    return [f"rounds, {args.rounds}", f"rank 0's host cut off: {ranks.count(0)}, rank 1's: {ranks.count(1)}; gone on"
+            f" from steps {min(step for _, step in found)} to {max(step for _, step in found)}; none wrong",
+            f"{(time.monotonic() - begin) / args.rounds:.0f} a round"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="equal,cut,rounds", help="any of them, with commas (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="default %(default)s")
+    parser.add_argument("--delay", type=float, default=0.05, help="seconds of a frame on its way (default %(default)s)")
+    parser.add_argument("--loss", type=float, default=0.01, help="share of frames that are lost (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    args = parser.parse_args()
+    if reason := permitted():
+        print(f"nothing was done: {reason}")
+        sys.exit(77)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    root, rows = Path(tempfile.mkdtemp(prefix="hosts-")), []
+    phantoms.write_cases(root / "data", CASES, args.seed, 32)
+    local([sys.executable, *training(root / "data", root / "reference"), "--ngpu", 2], root)
+    local(sampling(root, root / "masks"), root)
+    parts = {"equal": [lambda: equal(args, root, 0, 0), lambda: equal(args, root, args.delay, args.loss)],
+             "cut": [lambda: cut(args, root, 0), lambda: cut(args, root, 1)], "rounds": [lambda: rounds(args, root)]}
+    wrong = []
+    for part in args.parts.split(","):
+        for job in parts[part]:
+            try:
+                rows.append(job())
+                print(" | ".join(rows[-1]), flush=True)
+            except Wrong as error:
+                wrong.append(f"{part}: {error}")
+                print(f"wrong: {wrong[-1]}", flush=True)
+    print(markdown([["part", "what came of it", "seconds"], *rows]))
+    if wrong:
+        print(f"{len(wrong)} wrong; all that was written is kept in {root}")
+        sys.exit(1)
+    shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

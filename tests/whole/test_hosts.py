@@ -1,0 +1,91 @@
+"""The hosts of benchmarks/hosts.py: what their switch does to frames, and a short version of all of it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers.files import ROOT
+
+
+@pytest.fixture
+def wires(monkeypatch):
+    """wires(count, ...): a Switch with these options, and the ends of so many wires that lead to it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import hosts
+
+    made = []
+
+    def make(count, *options):
+        switch, ends = hosts.Switch(0, *options), []
+        for _ in range(count):
+            inner, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            switch.taps.append(inner.fileno())
+            outer.settimeout(5)
+            ends.append(outer)
+            made.extend([inner, outer])
+        made.append(switch.closed)
+        return switch, ends
+
+    yield make
+    for each in reversed(made):
+        each.set() if hasattr(each, "set") else each.close()
+
+
+def frame(target, source, text=b""):
+    return bytes([target] * 6 + [source] * 6) + text
+
+
+def heard(end):
+    """Everything that arrives at an end until nothing does for a while."""
+    found = []
+    end.settimeout(0.5)
+    try:
+        while True:
+            found.append(end.recv(100))
+    except TimeoutError:
+        return found
+
+
+def test_the_switch_learns_where_hosts_are_and_cuts_them_off(wires):
+    switch, (a, b, c) = wires(3)
+    a.send(frame(255, 1))
+    assert heard(b) == heard(c) == [frame(255, 1)] and heard(a) == []
+    b.send(frame(1, 2))
+    assert heard(a) == [frame(1, 2)] and heard(c) == []
+    switch.cut.add(switch.taps[1])
+    a.send(frame(2, 1))
+    b.send(frame(1, 2))
+    assert heard(b) == heard(a) == []
+    switch.cut.clear()
+    a.send(frame(2, 1))
+    assert heard(b) == [frame(2, 1)]
+
+
+def test_the_switch_delays_frames_and_loses_the_same_share_of_them_for_a_seed(wires):
+    _, (a, b) = wires(2, 0.2, 0.25)
+    begin = time.monotonic()
+    a.send(frame(255, 1))
+    b.recv(100)
+    assert time.monotonic() - begin > 0.19
+    got = []
+    for _ in range(2):
+        _, (a, b) = wires(2, 0.0, 0.25)
+        for i in range(100):
+            a.send(frame(255, 1, bytes([i])))
+            time.sleep(0.001)
+        got.append([data[-1] for data in heard(b)])
+    assert got[0] == got[1] == sorted(got[0]) and 60 < len(got[0]) < 90
+
+
+@pytest.mark.long
+def test_hosts_that_are_cut_off_and_slowed_down_train_and_draw_as_one_and_leave_nothing_wrong(environment):
+    command = [sys.executable, ROOT / "benchmarks" / "hosts.py", "--rounds", "1"]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("| equal") == done.stdout.count("| cut") == 2 and "none wrong" in done.stdout
+    assert not [name for name in os.listdir("/sys/class/net") if name.startswith("tap")]
