@@ -50,6 +50,8 @@ FLAGS = [
     Flag("head_width", int, 256, "width of the head's fully connected layers", "method", least=1, most=65536),
     Flag("presence_channels", int, 0, "channels of a small network of its own that says how probable an empty mask is,"
          f" a multiple of {GROUPS} (0: the head says it)", "method", least=0, most=1024),
+    Flag("presence_views", bool, False, "in drawing, take the mean of that network's logits over the 8 flips and turns of"
+         " a scan; for models trained with --augment flips,rot90", "method"),
     Flag("smallest_part", float, 0.0, "leave out the parts of a drawn mask that are smaller than this share of its"
          " largest part (0: keep all)", "method", least=0, most=1),
     Flag("energy_loss", ("both", "whether", "where"), "both", "what is trained: whether (the network of"
@@ -105,12 +107,14 @@ class MaskGenerator(nn.Module):
 
     :param field_of_view: the side of the central part of scans that is seen and drawn; 0: all.
     :param presence: gives the logit of an empty mask; None: the head gives it.
+    :param views: whether that is a mean over the flips and turns of a scan, but for training.
     """
 
     def __init__(self, network: nn.Module, head: MaskHead, field_of_view: int = 0,
-                 presence: PresenceNetwork | None = None):
+                 presence: PresenceNetwork | None = None, views: bool = False):
         super().__init__()
-        self.network, self.head, self.field_of_view, self.presence = network, head, field_of_view, presence
+        self.network, self.head, self.field_of_view = network, head, field_of_view
+        self.presence, self.views = presence, views
         self.frozen = tuple(f"network.{part}" for part in getattr(network, "frozen", ()))
         self.optional = "presence", "head.empty"
 
@@ -128,7 +132,13 @@ class MaskGenerator(nn.Module):
     def whether(self, image: Tensor, summary: Tensor | None = None) -> Tensor:
         """The logit of an empty mask, [N] float32; of scans [N, C, H, W] in [0, 1], or of their summary without a
         network of presence."""
-        return self.presence(self.seen(image)) if self.presence else self.head.empty(summary).float()[:, 0]
+        if not self.presence:
+            return self.head.empty(summary).float()[:, 0]
+        seen = self.seen(image)
+        if self.training or not self.views:
+            return self.presence(seen)
+        flips = (), (-1,), (-2,), (-1, -2)
+        return sum(self.presence(view.flip(axes)) for view in (seen, seen.mT) for axes in flips) / (2 * len(flips))
 
     @property
     def empty(self) -> nn.Linear:
@@ -192,7 +202,8 @@ class EnergyMethod(Method):
                             whether=not flags.presence_channels)
             presence = (PresenceNetwork(flags.image_channels, flags.presence_channels) if flags.presence_channels
                         else None)
-            model = MaskGenerator(NETWORKS[flags.network](seen, 0, features), head, flags.field_of_view, presence)
+            model = MaskGenerator(NETWORKS[flags.network](seen, 0, features), head, flags.field_of_view, presence,
+                                  flags.presence_views)
         return (cls(model, flags.energy_draws, flags.energy_dummy, flags.energy_loss) if training
                 else cls(model, spread=flags.spread, smallest_part=flags.smallest_part))
 
@@ -212,7 +223,8 @@ class EnergyMethod(Method):
     @classmethod
     def idle_flags(cls, flags: SimpleNamespace) -> dict[str, str]:
         idle = getattr(flags, "energy_loss", "both") == "whether"
-        return dict.fromkeys(("energy_draws", "energy_dummy"), "with --energy_loss whether") if idle else {}
+        idle = dict.fromkeys(("energy_draws", "energy_dummy"), "with --energy_loss whether") if idle else {}
+        return idle if flags.presence_channels else idle | {"presence_views": "without --presence_channels"}
 
     @classmethod
     def quick_flags(cls, flags: SimpleNamespace) -> dict:

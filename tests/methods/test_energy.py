@@ -211,6 +211,19 @@ def test_presence_has_a_network_of_its_own_whose_loss_reaches_no_other(tmp_path)
     torch.testing.assert_close(where(batch).terms["loss"], method(batch).terms["where"])
 
 
+def test_presence_can_be_the_mean_over_flips_and_turns():
+    method = make_energy(presence_channels=8, presence_views=True)
+    for parameter in method.model.presence.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    image = torch.rand(2, 1, 16, 16)
+    views = [np.rot90(part, k, (2, 3)).copy() for part in (image.numpy(), image.numpy()[..., ::-1]) for k in range(4)]
+    model = method.model.eval()
+    each = torch.stack([model.presence(torch.from_numpy(view)) for view in views])
+    assert each.std(0).min() > 0
+    for view in views:
+        torch.testing.assert_close(model.whether(torch.from_numpy(view)), each.mean(0))
+
+
 def test_drawn_masks_have_no_crumbs():
     method = make_energy()
     method.model.head.empty.bias.data.fill_(-30.0)
@@ -233,6 +246,7 @@ def test_drawn_masks_have_no_crumbs():
 
 @pytest.mark.parametrize("flags, words", [
     (dict(presence_channels=12), "--presence_channels 12: must be a multiple of 8, or 0"),
+    (dict(presence_views=True), "--presence_views True: .* without --presence_channels"),
     (dict(energy_loss="whether"), "--energy_loss whether: the head says whether and where"),
     (dict(energy_loss="whether", presence_channels=8, energy_draws=4), "--energy_draws 4")])
 def test_flags_of_presence_that_do_not_fit_are_refused(flags, words):
