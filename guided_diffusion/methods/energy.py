@@ -50,8 +50,8 @@ FLAGS = [
     Flag("head_width", int, 256, "width of the head's fully connected layers", "method", least=1, most=65536),
     Flag("presence_channels", int, 0, "channels of a small network of its own that says how probable an empty mask is,"
          f" a multiple of {GROUPS} (0: the head says it)", "method", least=0, most=1024),
-    Flag("presence_views", bool, False, "in drawing, take the mean of that network's logits over the 8 flips and turns of"
-         " a scan; for models trained with --augment flips,rot90", "method"),
+    Flag("presence_views", bool, False, "in drawing, take the mean of that network's logits over the 8 flips and turns"
+         " of a scan; for models trained with --augment flips,rot90", "method"),
     Flag("smallest_part", float, 0.0, "leave out the parts of a drawn mask that are smaller than this share of its"
          " largest part (0: keep all)", "method", least=0, most=1),
     Flag("energy_loss", ("both", "whether", "where"), "both", "what is trained: whether (the network of"
