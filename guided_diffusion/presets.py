@@ -38,7 +38,7 @@ PRESETS.add("probunet", "the Probabilistic U-Net at half its published width, fo
     """--method probunet --network conv_unet --conv_unet_filters 16,32,64,96 --probunet_filters 16,32,64,96 --beta 10
     --fit crop --image_size 64 --image_channels 1 --batch_size 8 --lr 1e-3 --lr_anneal_steps 20000 --ema_rate 0.999""")
 # what lies beyond the central 64 x 64 pixels of a LIDC-IDRI patch is outlined in one slice of a hundred
-PRESETS.add("energy", "--method energy for the central 64 x 64 of 128 x 128 pixels; 4.9 million parameters, 2.1 GFLOP a"
+PRESETS.add("energy", "--method energy for the central 64 x 64 of 128 x 128 pixels; 4.9 million parameters, 2.4 GFLOP a"
             " scan; two and a half hours of one CPU core; not scored from scratch")(
     """--method energy --image_size 128 --image_channels 1 --field_of_view 64 --pixel_unshuffle 2 --num_channels 64
     --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8 --use_scale_shift_norm False --batch_size 16
