@@ -123,7 +123,9 @@ def _launch_apart(ngpu, program):
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), pass_on)
-    codes = [process.wait() for process in processes]
+    while any([process.poll() is None for process in processes]):  # each: one that is not asked stays among the running
+        time.sleep(0.2)
+    codes = [process.returncode for process in processes]
     if killed := [f"rank {rank} (process {processes[rank].pid})" for rank, code in enumerate(codes) if code < 0]:
         print(f"{program_name()}: {', '.join(killed)} did not end by itself", file=sys.stderr, flush=True)
     return codes[0] if codes[0] >= 0 else 128 - codes[0]
