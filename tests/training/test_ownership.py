@@ -79,9 +79,12 @@ def test_training_ends_at_the_first_save_or_renewal_after_it_was_left_behind(tmp
 
 
 ELSEWHERE = """
-import runpy, sys
+import runpy, sys, time
 from guided_diffusion.system import lease
+from guided_diffusion.train_util import TrainLoop
 lease._machine = lambda: "elsewhere"
+step = TrainLoop.run_step
+TrainLoop.run_step = lambda *args: (time.sleep(2), step(*args))[1]  # it is not done before it is stopped
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
