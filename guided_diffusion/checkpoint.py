@@ -102,13 +102,12 @@ def load_model(model: nn.Module, path: storage.AnyPath, flag: str = "--model_pat
     if isinstance(state, dict):
         state.pop(FACTS, None)
         for part in optional:
-            own, stored = ({name for name in weights if str(name).startswith(f"{part}.")}
+            own, stored = ({name: value for name, value in weights.items() if str(name).startswith(f"{part}.")}
                            for weights in (model.state_dict(), state))
             if own and not stored:
-                state.update({name: model.state_dict()[name] for name in own})
                 lacked.append(part)
-            elif stored and not own:
-                state = {name: value for name, value in state.items() if name not in stored}
+            if not own or not stored:
+                state = {name: value for name, value in state.items() if name not in stored} | own
     load_state(model, state, f"{flag} {path}", None if whole else trained_state(model))
     if not whole and (frozen := frozen_state(model)):
         frozen_path = storage.join(storage.folder_of(path), FROZEN)

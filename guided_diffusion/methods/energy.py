@@ -182,8 +182,8 @@ class EnergyMethod(Method):
         super().__init__()
         if trained != "both":
             self.loss_names = ["loss", trained]
-            for part in (model.network, model.head, model.presence):
-                part.requires_grad_((part is model.presence) == (trained == "whether"))
+            for part in {"whether": (model.network, model.head), "where": (model.presence,)}[trained]:
+                part.requires_grad_(False)
         self.model, self.draws, self.dummy = freeze(model), draws, dummy
         self.independent, self.smallest_part, self.side = not spread, smallest_part, 0
 
@@ -222,9 +222,10 @@ class EnergyMethod(Method):
 
     @classmethod
     def idle_flags(cls, flags: SimpleNamespace) -> dict[str, str]:
-        idle = getattr(flags, "energy_loss", "both") == "whether"
-        idle = dict.fromkeys(("energy_draws", "energy_dummy"), "with --energy_loss whether") if idle else {}
-        return idle if flags.presence_channels else idle | {"presence_views": "without --presence_channels"}
+        idle = {} if flags.presence_channels else {"presence_views": "without --presence_channels"}
+        if getattr(flags, "energy_loss", "both") == "whether":
+            idle |= dict.fromkeys(("energy_draws", "energy_dummy"), "with --energy_loss whether")
+        return idle
 
     @classmethod
     def quick_flags(cls, flags: SimpleNamespace) -> dict:

@@ -17,9 +17,11 @@ class Denoiser(nn.Module, abc.ABC):
 
     :cvar frozen: names of submodules that are never trained, such as a pretrained encoder: they get no gradient, are
         in no average, and are saved once a run.
+    :cvar optional: names of submodules that the weights of --init may lack, which then start afresh, or have beside.
     """
 
     frozen: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     def encode(self, image: Tensor) -> Encoded:
         """What can be computed once a scan: image [N, C, H, W] in [0, 1] -> a tensor [N, ...], or a tuple, list or dict

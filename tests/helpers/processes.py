@@ -1,6 +1,9 @@
 """Runs in processes of their own."""
 
+import contextlib
+import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -20,6 +23,16 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def end(started):
+    """Kill whatever is left of processes that were started in sessions of their own, and close their pipes."""
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in filter(None, (process.stdout, process.stderr)):
+            stream.close()
 
 
 def training(data, results, tiny, *flags):

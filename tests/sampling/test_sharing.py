@@ -8,7 +8,7 @@ import time
 
 import pytest
 from helpers.files import tree
-from helpers.processes import PATIENCE, SAMPLE
+from helpers.processes import PATIENCE, SAMPLE, end
 from helpers.refusals import refusal
 
 from guided_diffusion.sampling.sharing import SharedCases
@@ -101,12 +101,7 @@ def runs(environment, make_cases, trained, tmp_path):
         return started[-1]
 
     yield start
-    for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.communicate()
+    end(started)
 
 
 def wait_for(condition, process):

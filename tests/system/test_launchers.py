@@ -85,7 +85,6 @@ print(launchers.routed_address("10.9.8.2"), os.environ["GLOO_SOCKET_IFNAME"], la
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="network namespaces are Linux's")
 @pytest.mark.parametrize("routed", [True, False])
 def test_address_and_interface_are_those_of_the_way_to_the_others(routed):
     """On a host with a network of its own: 10.9.8.1 on a device, and, where it is routed, a way to elsewhere."""

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from helpers.files import ROOT
-from helpers.processes import HERE, MPIEXEC, PATIENCE, TRAIN, free_port, training
+from helpers.processes import HERE, PATIENCE, TRAIN, end, free_port, training
 
 from guided_diffusion import checkpoint
 from guided_diffusion.commands.cli import parse_flags
@@ -50,12 +50,7 @@ def recipe(environment, tmp_path):
         return started[-1]
 
     yield call
-    for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.communicate()
+    end(started)
 
 
 def flags_of(data, results, tiny, steps, *more):
@@ -104,8 +99,6 @@ def test_recipe_trains_on_two_processes_as_one_process_does(recipe, run, make_ca
         variables = {"RENDEZVOUS": f"localhost:{free_port()}", "LOGS": str(tmp_path / "logs")}
         runs = [recipe(name, *flags_of(*flags), **variables) for _ in range(2)]
     elif name == "mpi.sh":
-        if MPIEXEC is None:
-            pytest.skip("mpiexec is missing")
         runs = [recipe(name, *flags_of(*flags), HOSTS="localhost", PROCESSES="2")]
     else:
         runs = [recipe(name, *flags_of(*flags), PROCESSES="2")]

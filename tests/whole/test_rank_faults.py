@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.loops import WALL_CLOCK, logged
 from helpers.models import MODEL, assert_same, same_weights
-from helpers.processes import MPIEXEC, PATIENCE, TRAIN, free_port, read_until, training
+from helpers.processes import MPIEXEC, PATIENCE, TRAIN, end, free_port, read_until, training
 
 from guided_diffusion import checkpoint, dist_util, script_util
 from guided_diffusion.system import rank_watch
@@ -291,12 +291,7 @@ def background(environment, tmp_path):
         return started[-1]
 
     yield call
-    for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.stdout.close()
+    end(started)
 
 
 @pytest.mark.parametrize("number, code", [
