@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import shards
 from .networks.base import frozen_state, trained_state
 from .system import storage, tensor_file
 from .system.errors import InputError
@@ -156,7 +157,8 @@ def load_state(model: nn.Module, state: Any, what: str, wanted: Mapping[str, Ten
     if parts:
         raise InputError(f"{what}: holds another architecture than the model flags describe: weights"
                          f" {', '.join(parts)}; give the flags it was trained with")
-    model.load_state_dict(state, strict=wanted is None)
+    model.load_state_dict({name: shards.as_held(value, own[name]) for name, value in state.items()},
+                          strict=wanted is None)
 
 
 def load_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
@@ -171,7 +173,7 @@ def load_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> No
             if not is_plain(entry[name]) or entry[name].shape != parameters[number].shape:
                 raise ValueError(f"moments of another shape or kind for parameter {number}")
             # a fused step takes their memory to be laid out like the parameter's, and looks no further
-            entry[name] = torch.empty_like(parameters[number]).copy_(entry[name])
+            entry[name] = torch.empty_like(parameters[number]).copy_(shards.as_held(entry[name], parameters[number]))
         if float(entry["step"]) < 0:
             raise ValueError(f"a step below 0 for parameter {number}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -66,6 +66,9 @@ _COMMON = [
          most=10 ** 9),
     Flag("wire_dtype", ("float32", "bfloat16"), "float32", "numbers in which processes send each other their gradients;"
          " bfloat16 halves what is sent, and rounds the gradients to 8 bits", "training"),
+    Flag("shard", bool, False, "share out weights, gradients, moments of the optimiser and averages among the processes,"
+         " each of which then holds a part (FSDP2), for models beyond one GPU. Checkpoints are the same. Not for"
+         " --optimizer muon, whose steps need whole matrices, nor for --compile True", "training"),
     Flag("augment", str, "", "change training examples at random, at every visit anew: any of these names, separated by"
          f" commas. {AUGMENTATIONS.words()}", "training"),
     Flag("window", tuple(WINDOWS), "uniform", "with --fit tile, where the window of image_size lies that a scan is seen"

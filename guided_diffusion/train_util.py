@@ -1,6 +1,7 @@
 """One training step, and the loop around it."""
 
 import contextlib
+import copy
 import signal
 import time
 from collections.abc import Sequence
@@ -12,13 +13,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import dist_util, logger
+from . import dist_util, logger, shards
 from .data.noise import seed_dropout
 from .data.stream import Batch, ShuffledCases, to_floats
 from .learning_rate import SCALINGS
 from .methods.base import Losses, Method
 from .muon import MuonAdamW
-from .networks.base import copy_sharing_frozen, train_mode
+from .networks.base import copy_sharing_frozen, train_mode, units_of, without_weights
 from .nn import update_ema
 from .system.terminal import progress
 from .training.callback import Callback, Stopped
@@ -33,7 +34,7 @@ class TrainLoop:
     on how many processes share it, and resumes as if it had never stopped. The moving averages cover the network that
     draws.
 
-    :param method: on its device.
+    :param method: on its device; with --shard True it may be on the CPU, and only this rank's part goes to the device.
     :param callbacks: what else happens, in this order; see training.callback.
     """
 
@@ -47,29 +48,38 @@ class TrainLoop:
         growth = self.global_batch / (settings.lr_base_batch or self.global_batch)
         self.lr = settings.lr * SCALINGS[settings.lr_scaling].factor(growth)
         self.end = min([n for n in (settings.max_steps, settings.lr_anneal_steps) if n], default=0)
+        if dist_util.device_of(method).type == "cuda" and not settings.shard:
+            method.model.to(memory_format=torch.channels_last)
+        self._ema = {rate: copy_sharing_frozen(method.model).requires_grad_(False).eval()
+                     for rate in settings.ema_rate.replace(" ", "").split(",")}
+        self.ddp = method
+        if settings.shard:
+            self._empty = without_weights(method.model)
+            self._share_out()
+        elif dist.is_initialized():
+            self.ddp = DistributedDataParallel(method, gradient_as_bucket_view=True)
+            if settings.wire_dtype == "bfloat16":
+                self.ddp.register_comm_hook(None, dist_util.all_reduce_in_bf16)
         self.trained = [p for p in method.parameters() if p.requires_grad]
         self.device = self.trained[0].device
-        if self.device.type == "cuda":
-            method.model.to(memory_format=torch.channels_last)
         kind = {"adamw": partial(torch.optim.AdamW, fused=True), "muon": MuonAdamW}[settings.optimizer]
         self.optimizer = kind(self.trained, settings.lr, weight_decay=settings.weight_decay)
         # float16 as in guided-diffusion: a scale of 2**20 that grows a little each step and halves on overflow
         self.scaler = torch.amp.GradScaler(
             self.device.type, init_scale=2.0 ** 20, growth_factor=2.0 ** settings.fp16_scale_growth, growth_interval=1,
             enabled=settings.dtype == torch.float16)
-        self._ema = {rate: copy_sharing_frozen(method.model).requires_grad_(False).eval()
-                     for rate in settings.ema_rate.replace(" ", "").split(",")}
         self._unaveraged: Later | None = None  # whether the newest step was skipped, until the averages have it
         self.step = 0
         self.position = 0  # of the next example in the stream
         self.overdue = False  # whether something that belongs behind self.step is still to be done
         self.signals = SignalsNoted()
-        self.ddp = method
-        if dist.is_initialized():
-            self.ddp = DistributedDataParallel(method, gradient_as_bucket_view=True)
-            if settings.wire_dtype == "bfloat16":
-                self.ddp.register_comm_hook(None, dist_util.all_reduce_in_bf16)
         self.meter = Meter(method.parts, self.device)
+
+    def _share_out(self):
+        """Share out the parameters of the method and of the averages among the ranks, as FSDP2 does."""
+        reduced = torch.bfloat16 if self.settings.wire_dtype == "bfloat16" else None
+        for network in (*self._ema.values(), self.method):
+            shards.share_out(network, units_of(network), reduced)
 
     def tell(self, event: str, *args: Any, **kwargs: Any) -> list:
         """Call a method of every callback; returns what they return."""
@@ -112,7 +122,7 @@ class TrainLoop:
             group["lr"] = self.learning_rate(self.step)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.trained if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = shards.whole(nn.utils.get_total_norm([p.grad for p in parameters]))
         if self.settings.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.settings.grad_clip, norm)
         self.meter.add_norm(norm)
@@ -137,8 +147,9 @@ class TrainLoop:
         skipped, self._unaveraged = self._unaveraged, None
         if skipped is not None and not skipped:
             for rate, ema in self._ema.items():
-                pairs = zip(ema.parameters(), self.method.model.parameters())
-                update_ema(*map(list, zip(*((mean, p) for mean, p in pairs if p.requires_grad))), float(rate))
+                pairs = [(mean, p) for mean, p in zip(ema.parameters(), self.method.model.parameters())
+                         if p.requires_grad]
+                update_ema(*([shards.local(p.detach()) for p in side] for side in zip(*pairs)), float(rate))
                 for kept, buffer in zip(ema.buffers(), self.method.model.buffers()):
                     kept.copy_(buffer)  # statistics, of a batch norm say, which are means themselves
 
@@ -147,6 +158,19 @@ class TrainLoop:
         """The averaged networks by their rates, as they are in the names of files."""
         self._average()
         return self._ema
+
+    def network_to_draw(self) -> nn.Module:
+        """A copy of the averaged network, or of the present one while the average is of no use yet, see `rate_to_use`;
+        whole on every rank, which all call this."""
+        rate, averaged = self.rate_to_use()
+        source = self.ema[rate] if averaged else self.method.model
+        if not self.settings.shard:
+            network = copy.deepcopy(self._ema[rate])
+            network.load_state_dict(source.state_dict())
+            return network
+        network = copy.deepcopy(self._empty)
+        network.load_state_dict({name: shards.whole(value) for name, value in source.state_dict().items()}, assign=True)
+        return network
 
     def rate_to_use(self) -> tuple[str, bool]:
         """The first rate of the averages, and whether they are of use yet: less than 1 % of them is the random
@@ -202,7 +226,7 @@ class TrainLoop:
             figures = {name: value for part in self.tell("figures") for name, value in part.items()}
             # what a longer run logs is the same
             values = self.meter.read(restart=self.step % self.settings.log_interval == 0)
-            values["param_norm"] = nn.utils.get_total_norm([p.detach() for p in self.trained]).item()
+            values["param_norm"] = shards.whole(nn.utils.get_total_norm([p.detach() for p in self.trained])).item()
             values.update(lr=self.learning_rate(self.step - 1), samples=self.position, **figures)
             if self.scaler.is_enabled():
                 values["grad_scale"] = self.scaler.get_scale()

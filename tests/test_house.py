@@ -19,6 +19,7 @@ FLOORS = [
     ["presets", "pretrained"],
     ["logger"],
     ["dist_util"],
+    ["shards"],
     ["energy_score", "gaussian_diffusion", "learning_rate", "losses", "metrics", "muon", "nn", "predictions",
      "resample", "respace", "samplers", "unet"],
     ["data"],

@@ -76,6 +76,7 @@ def train(held: contextlib.ExitStack) -> int | None:
         if 0 < args.global_batch < dist_util.world_size():
             raise InputError(f"--global_batch {args.global_batch}: is less than an example for each of the"
                              f" {dist_util.world_size()} processes; give more, or start fewer")
+        refuse_to_share_out(args)
         folder = results_folder(args)
         resume_from, stored, passed_over = find_run(args, folder)
     dist_util.refuse_unlike({"the checkpoint to go on from": str(resume_from and os.path.basename(resume_from))},
@@ -130,7 +131,7 @@ def train(held: contextlib.ExitStack) -> int | None:
     validation = make_validation(args, cases, held_out, dtype) if args.sample_interval else None
     checkpoints = Checkpoints(folder, args.save_interval, args.keep_checkpoints, args.save_patience)
     held.callback(checkpoints.saver.finish)
-    loop = TrainLoop(method.to(dist_util.dev()), ShuffledCases(cases, args.seed, augment, window),
+    loop = TrainLoop(method if args.shard else method.to(dist_util.dev()), ShuffledCases(cases, args.seed, augment, window),
                      Settings.from_flags(args, dtype), [
         RanksWatched(), *owned, BadSteps(args.max_bad_steps), *filter(None, [validation]), Best(folder),
         checkpoints])
@@ -155,6 +156,21 @@ def train(held: contextlib.ExitStack) -> int | None:
     logger.log(what_is_where(args, folder, loop))
     logger.close()
     return stopped_by
+
+
+def refuse_to_share_out(args: SimpleNamespace) -> None:
+    """:raises InputError: if --shard True cannot be done."""
+    ranks = dist_util.world_size()
+    for impossible, why in (
+            (ranks == 1, "there is one process, which holds all of the model; start several (--ngpu, or a launcher), or"
+                         " leave it away: checkpoints are the same"),
+            (args.optimizer == "muon", "--optimizer muon makes steps of whole matrices, of which each process would"
+                                       " hold a part; give --optimizer adamw"),
+            (args.compile, "was not made to work with --compile True; leave one of them away"),
+            (args.global_batch % ranks, f"all {ranks} processes must see as many examples a step, but --global_batch is"
+                                        f" {args.global_batch}; give a multiple of {ranks}")):
+        if args.shard and impossible:
+            raise InputError(f"--shard True: {why}")
 
 
 def make_validation(args: SimpleNamespace, cases: SegmentationCases, held_out: SegmentationCases | None,

@@ -4,7 +4,10 @@ import abc
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ..unet import TimestepEmbedSequential
 
 Encoded = Any  # a tensor with a row a scan, or a tuple, list or dict of such
 
@@ -59,6 +62,28 @@ def copy_sharing_frozen(network: nn.Module) -> nn.Module:
     """A deep copy that has the frozen parts in common with the original."""
     frozen = [network.get_submodule(name) for name in getattr(network, "frozen", ())]
     return copy.deepcopy(network, {id(module): module for module in frozen})
+
+
+def without_weights(network: nn.Module) -> nn.Module:
+    """A deep copy whose parameters take no memory, for load_state_dict(..., assign=True); in eval mode, without
+    gradients."""
+    nothing = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+               for p in network.parameters()}
+    return copy.deepcopy(network, nothing).eval()
+
+
+def units_of(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a network, of which one is computed after the other: those in lists of modules, and the U-Net's.
+    Of blocks within each other, the outer ones."""
+    found, inner = [], set()
+    for module in network.modules():
+        blocks = [*module] if isinstance(module, nn.ModuleList) else (
+            [module] if isinstance(module, TimestepEmbedSequential) else [])
+        for block in blocks:
+            if block not in inner and any(p.requires_grad for p in block.parameters()):
+                found.append(block)
+                inner.update(block.modules())
+    return found
 
 
 def is_frozen(network: nn.Module, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .. import checkpoint, dist_util, logger
+from .. import checkpoint, dist_util, logger, shards
 from ..data.cases import Case, digest_of
 from ..networks.base import trained_state
 from ..system import storage
@@ -43,6 +43,8 @@ class Best(Callback):
             logger.log(f"{path} does not hold those of step {known['step']}: the best weights are chosen anew")
 
     def validated(self, loop: Loop, cases: Sequence[Case], scores: dict[str, float]) -> None:
+        rate, averaged = loop.rate_to_use()
+        weights = shards.on_first_rank(trained_state(loop.ema[rate] if averaged else loop.method.model))
         if dist_util.rank() > 0:
             return
         facts = {"step": loop.step, SCORE: scores[f"val_{SCORE}_{SCORED}"],
@@ -52,8 +54,6 @@ class Best(Callback):
                        f" anew")
         elif self.facts and not facts[SCORE] < self.facts[SCORE]:
             return
-        rate, averaged = loop.rate_to_use()
-        weights = trained_state(loop.ema[rate] if averaged else loop.method.model)
         try:
             checkpoint.save_best(self.folder, {name: value.cpu() for name, value in weights.items()}, facts)
         except Lost:

@@ -3,7 +3,7 @@
 import math
 import operator
 
-from .. import checkpoint, dist_util, logger
+from .. import checkpoint, dist_util, logger, shards
 from ..methods.base import Method
 from ..networks.base import frozen_state, trained_state
 from ..system import storage
@@ -32,7 +32,7 @@ class Checkpoints(Callback):
 
     def turned(self, loop: Loop, logs: bool) -> None:
         self.saver.poll()
-        if loop.step % self.interval == 0 or logs and self.saver.problem:
+        if loop.step % self.interval == 0 or logs and any(dist_util.all_gather_objects(bool(self.saver.problem))):
             self.save(loop)
 
     def wants_to_stop(self, loop: Loop) -> bool:
@@ -50,18 +50,19 @@ class Checkpoints(Callback):
     def save(self, loop: Loop) -> None:
         """Begin to write the checkpoint of this step; savedmodel<step>.pt, which says that it is whole, comes last.
 
-        Every rank calls this, but for a second attempt right after a line of the log, when there is nothing to gather.
+        Every rank calls this.
         """
-        state = state_of(loop)
+        state, weights = state_of(loop), shards.on_first_rank(trained_state(loop.method.model))
+        averages = {checkpoint.ema_name(rate, loop.step): shards.on_first_rank(trained_state(ema))
+                    for rate, ema in loop.ema.items()}
         if dist_util.rank() > 0:
             self.saver.last = loop.step
             return
-        weights, frozen = trained_state(loop.method.model), frozen_state(loop.method.model)
+        frozen = frozen_state(loop.method.model)
         once = {checkpoint.FROZEN: frozen} if frozen and not storage.exists(
             storage.join(self.folder, checkpoint.FROZEN)) else {}
         self.saver.begin(loop.step, {
-            **once, checkpoint.opt_name(loop.step): state,
-            **{checkpoint.ema_name(rate, loop.step): trained_state(ema) for rate, ema in loop.ema.items()},
+            **once, checkpoint.opt_name(loop.step): state, **averages,
             checkpoint.NEWEST: weights, checkpoint.model_name(loop.step): weights})
 
 
@@ -145,7 +146,8 @@ def state_of(loop: Loop) -> dict:
              **loop.method.training_state()}
     for part in loop.tell("state"):
         state.update(part)
-    return {**state, **{name: part.state_dict() for name, part in loop.method.training_networks().items()}}
+    return shards.on_first_rank({
+        **state, **{name: part.state_dict() for name, part in loop.method.training_networks().items()}})
 
 
 def restore(loop: Loop, state: dict) -> None:

@@ -27,6 +27,7 @@ class Settings:
     ema_rate: str = default("training", "ema_rate")
     log_interval: int = default("training", "log_interval")
     wire_dtype: str = default("training", "wire_dtype")
+    shard: bool = default("training", "shard")
     grad_clip: float = default("training", "grad_clip")
     fp16_scale_growth: float = default("training", "fp16_scale_growth")
     init: str = default("training", "init")  # weights that the run started from

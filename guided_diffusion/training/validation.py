@@ -1,6 +1,5 @@
 """What a network in training makes of a few fixed cases: ensembles to look at, and their scores."""
 
-import copy
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -67,10 +66,7 @@ class Validation(Callback):
             loop.tell("doing", f"drawing the validation cases at step {loop.step}", within=[next(steps)])
 
         def method():
-            network = copy.deepcopy(loop.ema[rate])
-            if not averaged:
-                network.load_state_dict(loop.method.model.state_dict())
-            return self.method(network).prepare(self.dtype)
+            return self.method(loop.network_to_draw()).prepare(self.dtype)
 
         masks = self.draw(method, on_step)
         loop.tell("doing", f"in step {loop.step}")
