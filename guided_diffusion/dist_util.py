@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -194,6 +194,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def local_rank() -> int:
+    """The number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -235,15 +240,47 @@ def all_gather_objects(value: Any) -> list[Any]:
     """
     if not dist.is_initialized():
         return [value]
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    data = _packed(value)
     sizes = all_gather(torch.tensor([len(data)])).tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[:len(data)] = data
     parts = all_gather(padded).split(max(sizes))
-    return [torch.load(io.BytesIO(part[:size].numpy()), map_location="cpu", weights_only=True)
-            for part, size in zip(parts, sizes)]
+    return [_unpacked(part[:size]) for part, size in zip(parts, sizes)]
+
+
+def from_first_rank(work: Callable[[], Any]) -> Any:
+    """What `work`, which rank 0 alone calls, returns there: as `all_gather_objects` takes it.
+
+    :raises InputError: on every rank, if `work` raised it.
+    """
+    if not dist.is_initialized():
+        return work()
+    said = None
+    if dist.get_rank() == 0:
+        try:
+            said = [work(), None]
+        except InputError as error:
+            said = [None, str(error)]
+    data = _packed(said)
+    size = torch.tensor([len(data)])
+    dist.broadcast(size, 0)
+    if dist.get_rank() > 0:
+        data = torch.empty(size.item(), dtype=torch.uint8)
+    dist.broadcast(data, 0)
+    result, problem = _unpacked(data)
+    if problem is not None:
+        raise InputError(problem, on_every_rank=True)
+    return result
+
+
+def _packed(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+
+def _unpacked(data):
+    return torch.load(io.BytesIO(data.numpy()), map_location="cpu", weights_only=True)
 
 
 def all_gather(tensor: Tensor) -> Tensor:

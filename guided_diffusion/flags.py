@@ -66,9 +66,9 @@ _COMMON = [
          most=10 ** 9),
     Flag("wire_dtype", ("float32", "bfloat16"), "float32", "numbers in which processes send each other their gradients;"
          " bfloat16 halves what is sent, and rounds the gradients to 8 bits", "training"),
-    Flag("shard", bool, False, "share out weights, gradients, moments of the optimiser and averages among the processes,"
-         " each of which then holds a part (FSDP2), for models beyond one GPU. Checkpoints are the same. Not for"
-         " --optimizer muon, whose steps need whole matrices, nor for --compile True", "training"),
+    Flag("shard", bool, False, "share out weights, gradients, moments of the optimiser and averages among the"
+         " processes, each of which then holds a part (FSDP2), for models beyond one GPU. Checkpoints are the same. Not"
+         " for --optimizer muon, whose steps need whole matrices, nor for --compile True", "training"),
     Flag("augment", str, "", "change training examples at random, at every visit anew: any of these names, separated by"
          f" commas. {AUGMENTATIONS.words()}", "training"),
     Flag("window", tuple(WINDOWS), "uniform", "with --fit tile, where the window of image_size lies that a scan is seen"
@@ -142,6 +142,10 @@ _COMMON = [
     Flag("patient_pattern", str, PATIENT_PATTERN, "regular expression for the patient in the name of a case; intervals"
          " resample patients. By default they are those of manifest.csv, else all up to the end of the first number",
          "scoring"),
+
+    Flag("cache_dir", str, "", "folder on a disk of each machine's own for the decoded cases of data sets above 4 GiB,"
+         " which each machine writes once and later runs find again (default: the data set's folder, for all)",
+         "decoding"),
 
     Flag("foreground", str, "", "values of label maps that are foreground, as in 1,2,4 (default: of pictures what is"
          " above half of full scale; of NIfTI, DICOM and .npy what is above 0)", "reading"),

@@ -29,10 +29,10 @@ from .program import add_version, again, as_called
 
 # the groups of flags that a script takes
 JOBS = {
-    "training": ("model", "encoders", "diffusion", "method", "training", "reading", "speed", "files and processes",
-                 "results", "visdom", "server"),
-    "sampling": ("model", "diffusion", "method", "sampling", "reading", "scoring", "speed", "files and processes",
-                 "results", "visdom", "server"),
+    "training": ("model", "encoders", "diffusion", "method", "training", "reading", "decoding", "speed",
+                 "files and processes", "results", "visdom", "server"),
+    "sampling": ("model", "diffusion", "method", "sampling", "reading", "decoding", "scoring", "speed",
+                 "files and processes", "results", "visdom", "server"),
     "evaluation": ("evaluation", "reading", "scoring", "files and processes"),
     "replay": ("replay", "server"),
     "export": ("export", "model", "diffusion", "method"),
@@ -45,7 +45,8 @@ _WORDS = {  # what is given without a flag: its name, how many (None: one), what
 }
 _OLD_NAMES = {"evaluation": {"num_samples": "ensemble_sizes"}}  # still taken, but not in --help
 _GROUP_TITLES = {
-    "model": "the network", "reading": "reading files", "encoders": "AMN and ACN, the encoders of the ambiguity loss",
+    "model": "the network", "reading": "reading files", "decoding": "reading files",
+    "encoders": "AMN and ACN, the encoders of the ambiguity loss",
     "diffusion": "the diffusion process", "visdom": "the live view", "server": "the live view",
     "scoring": "scores (when sampling: with --evaluate True)",
 }

@@ -21,12 +21,13 @@ that can be measured with so few raters) and the empty mask.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from .. import dist_util
 from ..data import manifest
-from ..data.case_files import CaseFiles, find_cases
+from ..data.case_files import CaseFiles, find_cases_together
 from ..data.cases import read_ahead
 from ..data.readers.base import Readers, refuse_unused
 from ..scoring import comparison
@@ -42,20 +43,23 @@ from .cli import run_script, start_script
 def score(args: SimpleNamespace, given: dict[str, Any]) -> None:
     """Score one folder, and write all about it."""
     folder = args.output_dir or args.samples_dir
-    with dist_util.all_ranks_or_none():
-        readers = Readers(vars(args))
-        cases = find_cases(args.data_dir, readers=readers)
-        refuse_unused(vars(args), readers.used(cases), args.data_dir)
-        ensembles = EnsembleFolder(args.samples_dir, args.pattern)
+    readers, (ensembles,), cases = listed(args, args.samples_dir)
+
+    def look():
         members = ensembles.find([case.name for case in cases], args.skip_missing)
+        return (as_words(members), ensembles.independent(members), known_patients(cases, given),
+                places_of(cases) if args.volumes else {})
+
+    members, independent, patients, places = dist_util.from_first_rank(look)
+    with dist_util.all_ranks_or_none():
         sizes = sizes_of(args, given, members)
-        evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
-                                ensembles.independent(members), known_patients(cases, given))
-        volumes = VolumeScores(places_of(cases), vars(args), dist_util.dev()) if args.volumes else None
+        evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args), independent,
+                                patients)
+        volumes = VolumeScores(places, vars(args), dist_util.dev()) if args.volumes else None
         storage.make_folder(folder, "--output_dir")
 
     def read(case):
-        return read_scored_case(case, members[case.name], args.fit, readers)
+        return read_scored_case(case, [*map(Path, members[case.name])], args.fit, readers)
 
     def add(case, scored):
         evaluation.add(case.name, *scored)
@@ -74,24 +78,27 @@ def score(args: SimpleNamespace, given: dict[str, Any]) -> None:
 
 def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
     """Score two folders case by case, and say how they differ."""
-    with dist_util.all_ranks_or_none():
-        readers = Readers(vars(args))
-        cases = find_cases(args.data_dir, readers=readers)
-        refuse_unused(vars(args), readers.used(cases), args.data_dir)
-        folders = [EnsembleFolder(folder, args.pattern) for folder in args.folders]
+    readers, folders, cases = listed(args, *args.folders)
+
+    def look():
         found = [folder.find([case.name for case in cases], skip_missing=True) for folder in folders]
         both, only = in_common(args, cases, found)
         found = [{case.name: members[case.name] for case in both} for members in found]
-        sizes = sizes_of(args, given, *found)
         independent = [folder.independent(members) for folder, members in zip(folders, found)]
+        return [*map(as_words, found)], only, independent, known_patients(both, given)
+
+    found, only, independent, patients = dist_util.from_first_rank(look)
+    both = [case for case in cases if case.name in found[0]]
+    with dist_util.all_ranks_or_none():
+        sizes = sizes_of(args, given, *found)
         compared = comparison.Comparison(args.folders, independent, sizes, args.patient_pattern, dist_util.dev(),
-                                         vars(args), known_patients(both, given))
+                                         vars(args), patients)
         if args.output_dir:
             storage.make_folder(args.output_dir, "--output_dir")
 
     def read(case):
-        (_, raters, first), (_, _, second) = (read_scored_case(case, members[case.name], args.fit, readers)
-                                              for members in found)
+        (_, raters, first), (_, _, second) = (
+            read_scored_case(case, [*map(Path, members[case.name])], args.fit, readers) for members in found)
         return raters, (first, second)
 
     each_case([[case] for case in both], read, lambda case, scored: compared.add(case.name, *scored),
@@ -101,6 +108,21 @@ def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
         print("".join(f"{line}\n" for line in only) + comparison.report(compared.write(args.output_dir)))
         if args.output_dir:
             print(f"\nwritten to {storage.join(args.output_dir, comparison.FILE)}")
+
+
+def listed(args: SimpleNamespace, *folders: str) -> tuple[Readers, list[EnsembleFolder], list[CaseFiles]]:
+    """The readers of --data_dir, folders of masks, and the cases, which rank 0 lists for all."""
+    with dist_util.all_ranks_or_none():
+        readers = Readers(vars(args))
+    cases, used = find_cases_together(args.data_dir, readers=readers)
+    with dist_util.all_ranks_or_none():
+        refuse_unused(vars(args), used, args.data_dir)
+        return readers, [EnsembleFolder(folder, args.pattern) for folder in folders], cases
+
+
+def as_words(members: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """Members by the names of cases, for other processes."""
+    return {name: [*map(str, paths)] for name, paths in members.items()}
 
 
 def in_common(args: SimpleNamespace, cases: list[CaseFiles], found: list[dict[str, list]]

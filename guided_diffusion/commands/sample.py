@@ -199,15 +199,19 @@ def main() -> None:
         dtype = autocast_dtype(args)
         method = create_method(args, training=False)
         checkpoint.load_model(method.model, model_path)
-        cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
-                                  need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True,
-                                  options=vars(args))
+        if args.cache_dir:
+            storage.make_folder(args.cache_dir, "--cache_dir")
+    cases = SegmentationCases(args.data_dir, args.image_size, args.image_channels, args.fit,
+                              need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True,
+                              together=True, cache_dir=args.cache_dir, options=vars(args))
+    patients = dist_util.from_first_rank(lambda: known_patients(cases.cases, given)) if args.evaluate else {}
+    with dist_util.all_ranks_or_none():
         refuse_unused(vars(args), cases.readers_used, args.data_dir)
         if not args.evaluate:
             volumes.refuse_missing_packages(cases.readers_used)
         sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
-                                method.independent, known_patients(cases.cases, given)) if args.evaluate else None
+                                method.independent, patients) if args.evaluate else None
     problems = shared_problems(cases)
     with dist_util.all_ranks_or_none():
         if len(problems) == len(cases):

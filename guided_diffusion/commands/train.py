@@ -84,7 +84,8 @@ def train(held: contextlib.ExitStack) -> int | None:
     with dist_util.all_ranks_or_none():
         check_stored_flags(stored, storage.folder_of(resume_from) if resume_from else folder)
         if args.image_channels == "auto":
-            args.image_channels = given["image_channels"] = count_channels(args.data_dir, options=vars(args))
+            args.image_channels = given["image_channels"] = dist_util.from_first_rank(
+                lambda: count_channels(args.data_dir, options=vars(args)))
         refuse_another_run(args, given, stored, folder)
         apply_stored_flags(args, given, stored, storage.folder_of(resume_from) if resume_from else folder)
         init = path_of(args.init) if args.init and not resume_from else ""
@@ -99,18 +100,17 @@ def train(held: contextlib.ExitStack) -> int | None:
         started = start(method, init, unlike) if init else ""
         if resume_from:  # once more below, with all that belongs to it; here so that a bad file leaves no trace
             checkpoint.load_model(method.model, resume_from, "--resume_checkpoint")
-        first = dist_util.rank() == 0
-        read = partial(SegmentationCases, image_size=args.image_size, image_channels=args.image_channels, fit=args.fit,
-                       progress=first, options=vars(args))
-        held_out = read(args.val_dir, flag="--val_dir") if args.val_dir else None
-        cases = read(args.data_dir)
-    for flag, part in (("data_dir", cases), ("val_dir", held_out)):
-        if part and dist_util.world_size() > 1:
-            dist_util.refuse_unlike(part.digests(), f"--{flag} {getattr(args, flag)} must hold the same for every"
-                                                    f" process")
+        if args.cache_dir:
+            storage.make_folder(args.cache_dir, "--cache_dir")
+    first = dist_util.rank() == 0
+    read = partial(SegmentationCases, image_size=args.image_size, image_channels=args.image_channels, fit=args.fit,
+                   progress=first, together=True, cache_dir=args.cache_dir, options=vars(args))
+    held_out = read(args.val_dir, flag="--val_dir") if args.val_dir else None
+    cases = read(args.data_dir)
+    if held_out:
+        dist_util.from_first_rank(
+            lambda: manifest.refuse_shared(cases.cases, held_out.cases, args.data_dir, args.val_dir))
     with dist_util.all_ranks_or_none():
-        if held_out:
-            manifest.refuse_shared(cases.cases, held_out.cases, args.data_dir, args.val_dir)
         refuse_unused(vars(args), cases.readers_used | (held_out.readers_used if held_out else set()), args.data_dir)
         storage.make_folder(folder)
         owned = [held.enter_context(Ownership(folder, args.dist_timeout))] if first else []
@@ -131,8 +131,8 @@ def train(held: contextlib.ExitStack) -> int | None:
     validation = make_validation(args, cases, held_out, dtype) if args.sample_interval else None
     checkpoints = Checkpoints(folder, args.save_interval, args.keep_checkpoints, args.save_patience)
     held.callback(checkpoints.saver.finish)
-    loop = TrainLoop(method if args.shard else method.to(dist_util.dev()), ShuffledCases(cases, args.seed, augment, window),
-                     Settings.from_flags(args, dtype), [
+    examples = ShuffledCases(cases, args.seed, augment, window)
+    loop = TrainLoop(method if args.shard else method.to(dist_util.dev()), examples, Settings.from_flags(args, dtype), [
         RanksWatched(), *owned, BadSteps(args.max_bad_steps), *filter(None, [validation]), Best(folder),
         checkpoints])
     logger.log(what_a_step_takes(loop))

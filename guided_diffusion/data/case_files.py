@@ -9,6 +9,9 @@ its files are called, is the image of its folder. Volumes and DICOM series in fo
 without labels.
 """
 
+import functools
+import hashlib
+import json
 import os
 import re
 import unicodedata
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import dist_util
 from ..system.errors import InputError, raise_problems
 from . import masks, scaling
 from .readers.base import Readers
@@ -87,6 +91,48 @@ def find_cases(data_dir: str | os.PathLike, flag: str = "--data_dir", readers: R
         raise InputError(f"{flag} {data_dir}: holds no case; each case is a folder with an image_<n>.jpg and"
                          f" label0_.jpg, label1_.jpg, ...")
     return sorted(cases.values(), key=lambda case: case.name)
+
+
+def find_cases_together(data_dir: str | os.PathLike, flag: str = "--data_dir", readers: Readers | None = None,
+                        limit: int = 0) -> tuple[list[CaseFiles], set[str]]:
+    """The first so many cases (0: all), and the names of the readers that their files need, found by rank 0 alone;
+    every rank of a launch calls it.
+
+    :raises InputError: on every rank: as find_cases, or naming a rank that does not see the same folder.
+    """
+    readers = readers or Readers()
+    if dist_util.world_size() > 1:
+        with dist_util.all_ranks_or_none():
+            if not os.path.isdir(data_dir):
+                raise InputError(f"{flag} {data_dir}: no such folder")
+            seen = sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
+        dist_util.refuse_unlike({"number of entries": str(len(seen)), "names of entries": digest_of(seen)[:12]},
+                                f"{flag} {data_dir} must hold the same for every process")
+
+    def look():
+        cases = find_cases(data_dir, flag, readers)[:limit or None]
+        return [[*map(to_words, cases)], sorted(readers.used(cases))]
+
+    words, used = dist_util.from_first_rank(look)
+    return from_words(words), set(used)
+
+
+def to_words(case: CaseFiles) -> list[Any]:
+    """A case as lists, texts and numbers, for other processes."""
+    return [[str(part) for part in value] if isinstance(value, (list, tuple)) else
+            str(value) if isinstance(value, Path) else value for value in case]
+
+
+def from_words(cases: Iterable[list[Any]]) -> list[CaseFiles]:
+    """The cases of to_words."""
+    paths = functools.cache(lambda *names: tuple(map(Path, names)))  # the slices of a series share its files
+    return [CaseFiles(name, Path(folder), [*map(Path, images)], [*map(Path, labels)], volume, number, paths(*series),
+                      problem) for name, folder, images, labels, volume, number, series, problem in cases]
+
+
+def digest_of(names: Iterable[str]) -> str:
+    """A hash of names, in order."""
+    return hashlib.sha256(json.dumps([*names]).encode()).hexdigest()
 
 
 def case_name(folder: Path, root: Path) -> str:

@@ -1,8 +1,6 @@
 """All cases of a folder, as images and raters' masks of one size. See case_files for the layout of the folder."""
 
-import contextlib
 import hashlib
-import json
 import math
 import os
 from collections import deque
@@ -12,16 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from .. import dist_util
 from ..system.errors import InputError, raise_problems
 from ..system.terminal import progress
 from . import decoded_file, masks, scaling
-from .case_files import check_complete, find_cases, read_case
+from .case_files import check_complete, digest_of, find_cases, find_cases_together, read_case
 from .fitting import FITS, Fitting
 from .pictures import MAX_PIXELS
 from .readers.base import Readers
 
+SHARE = 64  # cases that each of several ranks decodes until they exchange them
 MEMORY_BYTES = 4 << 30  # decoded data sets up to this size are kept in memory, larger ones in a file beside the data
 # in the place of a case that cannot be read
 _NOTHING = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.uint8), (0, 0)
@@ -55,10 +55,14 @@ class SegmentationCases:
     :param fit: what to do with images of another size, a name of fitting.FITS. `fitting` and `whole` lead back.
     :param need_labels: False for scans nobody has outlined; cases without labels then have raters [0, H, W].
     :param limit: take the first cases only (0: all).
-    :param progress: show how far checking is. Of several processes, the one that writes the file shows it anyhow.
+    :param progress: show how far checking is.
     :param skip_bad: keep the places of cases whose files are wrong rather than refuse the folder: reading such an item
         raises InputError, and `problems` says what is wrong with it, {number: message}; see `readable`.
     :param flag: that the folder comes from, for messages.
+    :param together: every rank of a launch opens the folder now: rank 0 lists it, each decodes a part and gets the
+        others', and whatever is wrong with a case on any of them is wrong on all.
+    :param cache_dir: where the file of a large data set goes instead, on a disk of each machine's own; of ranks that
+        open it together, the first of each machine writes it.
     :param options: values of readers' flags, see readers.base.Readers; `readers_used` has the names of those that the
         files need.
     :raises InputError: naming everything that is wrong, file by file.
@@ -68,16 +72,19 @@ class SegmentationCases:
 
     def __init__(self, data_dir: str | os.PathLike, image_size: int, image_channels: int = 4, fit: str = "error",
                  need_labels: bool = True, limit: int = 0, progress: bool = False, skip_bad: bool = False,
-                 flag: str = "--data_dir", options: Mapping[str, Any] | None = None):
+                 flag: str = "--data_dir", together: bool = False, cache_dir: str = "",
+                 options: Mapping[str, Any] | None = None):
         if fit not in FITS:
             raise InputError(f"--fit {fit} is none of {', '.join(FITS)}")
         self.data_dir, self.image_size, self.image_channels = data_dir, image_size, image_channels
         self.fit, self.need_labels, self.skip_bad, self.problems = fit, need_labels, skip_bad, {}
         self.readers = Readers(options)
-        self.cases = find_cases(data_dir, flag, self.readers)
-        if limit:
-            self.cases = self.cases[:limit]
-        self.readers_used = self.readers.used(self.cases)
+        self.together, self.flag, self.cache_dir = together and dist_util.world_size() > 1, flag, cache_dir
+        if self.together:
+            self.cases, self.readers_used = find_cases_together(data_dir, flag, self.readers, limit)
+        else:
+            self.cases = find_cases(data_dir, flag, self.readers)[:limit or None]
+            self.readers_used = self.readers.used(self.cases)
         self.decoded, self.kept = self._decode_all(progress)
         self.readers.forget()
 
@@ -144,35 +151,54 @@ class SegmentationCases:
     def _decode_all(self, shows):
         """Check every case; returns the decoded ones, None if they are not kept, and words for where they are."""
         sample = [self._attempt(files) for files in self.cases[::-(-len(self.cases) // 8)]]
+        if self.together:
+            dist_util.refuse_unlike({"contents of cases": _digest_of_contents(sample)[:12]},
+                                    f"{self.flag} {self.data_dir} must hold the same for every process")
         largest = max((case[0].nbytes + case[1].nbytes for case in sample if not isinstance(case, str)), default=0)
         everything = range(len(self.cases))
         if largest * len(self.cases) <= MEMORY_BYTES:
             return list(self._checked(everything, shows)), "in memory"
-        path, key = Path(self.data_dir, f".decoded_{self.image_size}_{self.fit}"), self._key()
-        kept = f"decoded in {path}"
-        with contextlib.suppress(OSError):
-            return self._decoded_file(path, key), kept
+        name = f"decoded_{self.image_size}_{self.fit}"
+        path = (Path(self.cache_dir, f"{name}_{digest_of([os.path.abspath(self.data_dir)])[:12]}") if self.cache_dir
+                else Path(self.data_dir, f".{name}"))
+        return (self._decode_together if self.together else self._decode_into)(path, shows)
+
+    def _decode_into(self, path, shows):
+        """Find the decoded file, or write it, unless another process does."""
+        key, kept, everything = self._key(), f"decoded in {path}", range(len(self.cases))
+        if opened := self._opened(path, key):
+            return self._try_again(opened), kept
         try:
             with decoded_file.locked(path):
-                with contextlib.suppress(OSError):  # another process may have written it meanwhile
-                    return self._decoded_file(path, key), kept
-                several = dist_util.world_size() > 1  # then it may be any of them that writes, while the others wait
-                decoded_file.write(path, key, self._checked(everything, shows or several, f"decoding into {path}"))
+                if opened := self._opened(path, key):  # another process may have written it meanwhile
+                    return self._try_again(opened), kept
+                decoded_file.write(path, key, self._checked(everything, shows, f"decoding into {path}"))
                 return decoded_file.DecodedFile(path, key), kept
         except OSError as error:
             deque(self._checked(everything, shows), 0)
             return None, f"decoded at every visit: {path} cannot be written ({error.strerror or error})"
 
-    def digests(self) -> dict[str, str]:
-        """What processes that are to read the same compare, by name: the number of cases, a hash of their names, and
-        one of eight of them as they were decoded, spread over all."""
-        shown = hashlib.sha256()
-        for i in range(0, len(self), -(-len(self) // 8)):
-            image, packed = self.compact(i)
-            shown.update(repr((image.shape, str(image.dtype), packed.shape)).encode())
-            shown.update(np.ascontiguousarray(image).tobytes() + np.ascontiguousarray(packed).tobytes())
-        return {"number of cases": str(len(self)), "names of cases": digest_of(f.name for f in self.cases)[:12],
-                "contents of cases": shown.hexdigest()[:12]}
+    def _decode_together(self, path, shows):
+        """The same for all ranks, each of which decodes a part, while one, or with a cache_dir one of each machine,
+        writes."""
+        key = dist_util.from_first_rank(self._key)
+        opened = self._opened(path, key)
+        if all(dist_util.all_gather_objects(opened is not None)):
+            return self._try_again(opened), f"decoded in {path}"
+        problem, records = None, self._checked(range(len(self.cases)), shows, f"decoding into {path}")
+        first = dist_util.local_rank() if self.cache_dir else dist_util.rank()
+        if first == 0:
+            try:
+                with decoded_file.locked(path):
+                    decoded_file.write(path, key, records)
+            except OSError as error:
+                problem = f"{path} cannot be written ({error.strerror or error})"
+        deque(records, 0)  # of which the others need this rank's part
+        problem = next(filter(None, dist_util.all_gather_objects(problem)), None)
+        opened = self._opened(path, key)
+        if problem is None and not all(dist_util.all_gather_objects(opened is not None)):
+            problem = f"{path} is not there for every process; give --cache_dir, a folder of each machine's own"
+        return opened, f"decoded at every visit: {problem}" if problem else f"decoded in {path}"
 
     def _key(self):
         """A hash of everything that the decoded cases follow from: names, sizes and times of the files, settings."""
@@ -190,12 +216,20 @@ class SegmentationCases:
                 digest.update(repr((str(path.relative_to(self.data_dir)), state)).encode())
         return digest.hexdigest()
 
-    def _decoded_file(self, path, key):
-        """The DecodedFile of that key; the cases that it lacks are tried again."""
-        decoded = decoded_file.DecodedFile(path, key)
-        if len(decoded) != len(self.cases) or not all(map(self._fits, decoded)):
-            raise OSError(f"{path}: is of other cases")
-        deque(self._checked([i for i, (image, *_) in enumerate(decoded) if not len(image)]), 0)
+    def _opened(self, path, key):
+        """The DecodedFile of that key; None if there is none."""
+        try:
+            decoded = decoded_file.DecodedFile(path, key)
+        except OSError:
+            return None
+        return decoded if len(decoded) == len(self.cases) and all(map(self._fits, decoded)) else None
+
+    def _try_again(self, decoded):
+        """Check the cases that a DecodedFile lacks; returns it."""
+        lacked = [i for i, (image, *_) in enumerate(decoded) if not len(image)]
+        if self.together:  # in the file of any machine
+            lacked = sorted(set().union(*dist_util.all_gather_objects(lacked)))
+        deque(self._checked(lacked), 0)
         return decoded
 
     def _fits(self, record):
@@ -216,7 +250,7 @@ class SegmentationCases:
 
         What is yielded does not depend on whether labels are needed, so that all runs share one file.
         """
-        results = progress(read_ahead(self._attempt, [self.cases[i] for i in numbers]),
+        results = progress(self._attempts([self.cases[i] for i in numbers]),
                            doing or f"checking {self.data_dir}", len(numbers), "case", enabled=shows, leave=False)
         for result, i in zip(results, numbers):
             if isinstance(result, str):
@@ -229,6 +263,20 @@ class SegmentationCases:
                 self.problems[i] = str(error)
         if not self.skip_bad:
             raise_problems([self.problems[i] for i in sorted(self.problems)], self.data_dir)
+
+    def _attempts(self, cases):
+        """_attempt of each case, in order. Ranks that are together attempt a part each, and exchange them."""
+        if not self.together:
+            yield from read_ahead(self._attempt, cases)
+            return
+        rank, ranks = dist_util.rank(), dist_util.world_size()
+        for start in range(0, len(cases), SHARE * ranks):
+            block = cases[start:start + SHARE * ranks]
+            mine = block[rank * len(block) // ranks:(rank + 1) * len(block) // ranks]  # slices of a volume together
+            records = [[*map(_as_tensor, record)] if isinstance(record, tuple) else record
+                       for record in read_ahead(self._attempt, mine)]
+            for record in sum(dist_util.all_gather_objects(records), []):
+                yield tuple(map(_as_array, record)) if isinstance(record, list) else record
 
     def _attempt(self, files):
         """_decode, or what is wrong as a string."""
@@ -266,9 +314,25 @@ def count_channels(data_dir: str | os.PathLike, flag: str = "--data_dir", option
     return max(counts)
 
 
-def digest_of(names: Iterable[str]) -> str:
-    """A hash of the names of cases, in order."""
-    return hashlib.sha256(json.dumps([*names]).encode()).hexdigest()
+def _as_tensor(part):
+    """An array of a record as other processes may read it; the size of its scan as it is."""
+    return torch.from_numpy(np.ascontiguousarray(part)) if isinstance(part, np.ndarray) else part
+
+
+def _as_array(part):
+    return part.numpy() if isinstance(part, torch.Tensor) else part
+
+
+def _digest_of_contents(records):
+    """A hash of records, or of what is wrong with a case in the place of one."""
+    digest = hashlib.sha256()
+    for record in records:
+        parts = record if isinstance(record, tuple) else [record]
+        digest.update(repr([(part.shape, str(part.dtype)) if isinstance(part, np.ndarray) else part
+                            for part in parts]).encode())
+        for part in parts:
+            digest.update(part.tobytes() if isinstance(part, np.ndarray) else b"")
+    return digest.hexdigest()
 
 
 def read_ahead(read: Callable, items: Iterable) -> Iterator:

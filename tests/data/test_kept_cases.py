@@ -15,7 +15,6 @@ from helpers.files import save
 from helpers.pictures import SIZE, same
 from PIL import Image
 
-from guided_diffusion import dist_util
 from guided_diffusion.data import cases as data_cases
 from guided_diffusion.data.cases import SegmentationCases
 from guided_diffusion.data.decoded_file import DecodedFile
@@ -98,14 +97,6 @@ def test_checking_and_writing_the_file_show_how_far_they_are(make_cases, tmp_pat
     open_large(tmp_path, SIZE, progress=True)  # which finds the file
     assert bars == [(f"checking {tmp_path}", 9, 9, "case"),
                     (f"decoding into {tmp_path / f'.decoded_{SIZE}_error'}", 9, 9, "case")]
-
-
-def test_of_several_processes_the_one_that_writes_shows_it(make_cases, tmp_path, open_large, bars, monkeypatch):
-    make_cases(tmp_path, 3)
-    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
-    open_large(tmp_path, SIZE)  # a rank above 0
-    open_large(tmp_path, SIZE, progress=True)
-    assert bars == [(f"decoding into {tmp_path / f'.decoded_{SIZE}_error'}", 3, 3, "case")]
 
 
 def test_long_checking_tells_every_case_in_the_end(make_cases, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
-"""--shard True: each of two processes holds a part of all that is trained, and the run is that of DDP, its files too."""
+"""--shard True: each of two processes holds a part of all that is trained. Run and files are those of DDP."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,23 +22,23 @@ from guided_diffusion.training.resume import resume
 SETTINGS = {"lr": 1e-4, "ema_rate": "0.5,0.9", "batch_size": 1, "grad_accumulation": 2, "grad_clip": 0.5}
 
 TRAIN = """
+import json
 import os
 import sys
 import torch
 from helpers.loops import bad_steps, make_loop, saver_of, spoil
 from helpers.models import awake, make_cimd
-from test_sharing_out import SETTINGS
 from guided_diffusion import checkpoint, dist_util, logger, shards
 from guided_diffusion.training.resume import resume
 
 dist_util.setup_dist()
 logger.configure(enabled=False)
-base, rank = sys.argv[1], dist_util.rank()
+base, rank, common = sys.argv[1], dist_util.rank(), json.loads(sys.argv[2])
 
 def trained(folder, steps, model=None, spoilt=(), shard=True, **settings):
     os.makedirs(f"{base}/{folder}", exist_ok=True)
     loop = make_loop(f"{base}/{folder}", awake(make_cimd(learn_sigma=True)), max_steps=steps, shard=shard,
-                     save_interval=2, **SETTINGS | settings)
+                     save_interval=2, **common | settings)
     if model:
         resume(loop, f"{base}/{model}")
     loop.gradients, optimize = [], loop.optimize
@@ -58,7 +59,8 @@ def weights(network):
 
 ddp, shared = trained("ddp", 3, spoilt=[1], shard=False), trained("shared", 3, spoilt=[1])
 drawn = weights(shared.network_to_draw())
-seen = {"held": [held(ddp), held(shared)], "gradients": [ddp.gradients[1], shared.gradients[1]], "bad": [bad_steps(ddp), bad_steps(shared)],
+seen = {"held": [held(ddp), held(shared)], "gradients": [ddp.gradients[1], shared.gradients[1]],
+        "bad": [bad_steps(ddp), bad_steps(shared)],
         "weights": [weights(loop.method) for loop in (ddp, shared)], "drawn": drawn,
         "averages": [weights(loop.ema["0.5"]) for loop in (ddp, shared)]}
 again = trained("again", 3, "shared/savedmodel000002.pt")
@@ -78,10 +80,10 @@ dist_util.cleanup()
 def shared(tmp_path_factory):
     """What both ranks have seen, and the folder of the runs."""
     folder = tmp_path_factory.mktemp("shared")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "training"))),
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
            "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [subprocess.Popen([sys.executable, "-c", TRAIN, str(folder)], stderr=subprocess.PIPE, text=True,
-                              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    words = [sys.executable, "-c", TRAIN, str(folder), json.dumps(SETTINGS)]
+    ranks = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     errors = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
     return [checkpoint.load(folder / f"rank{rank}.pt") for rank in range(2)], folder

@@ -67,10 +67,11 @@ def watched(data):
 def launchers():
     launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"]
     return {"launch": [*launch, TRAIN], "mpiexec": [MPIEXEC, "-n", 2, sys.executable, TRAIN],
-            "ngpu": [sys.executable, TRAIN, "--ngpu", 2]}
+            "ngpu": [sys.executable, TRAIN, "--ngpu", 2],
+            "shard": [sys.executable, TRAIN, "--ngpu", 2, "--shard", "True"]}
 
 
-@pytest.mark.parametrize("names", [["ngpu"], pytest.param(["launch", "mpiexec"], marks=pytest.mark.long)])
+@pytest.mark.parametrize("names", [["ngpu"], ["shard"], pytest.param(["launch", "mpiexec"], marks=pytest.mark.long)])
 def test_two_processes_train_as_one_with_twice_the_batch_under_every_launcher(processes, run, make_cases, tiny,
                                                                               tmp_path, names):
     data, expected = make_cases(tmp_path / "data", count=5, raters=[2, 1, 3, 2, 2]), tmp_path / "one"

@@ -228,11 +228,11 @@ def test_a_rank_without_data_is_named(processes, make_cases, tiny, tmp_path):
     assert "on rank 1: --data_dir data: no such folder" in line
     make_cases(tmp_path / "elsewhere" / "data", count=1)
     line, = [line for line in processes(*command).stderr.splitlines() if "error: " in line]
-    assert "number of cases (2 on rank 0, 1 on rank 1), " in line and "--data_dir data must hold the same" in line
+    assert "number of entries (2 on rank 0, 1 on rank 1), " in line and "--data_dir data must hold the same" in line
     shutil.rmtree(tmp_path / "elsewhere" / "data")
     make_cases(tmp_path / "elsewhere" / "data", seed=1)
     line, = [line for line in processes(*command).stderr.splitlines() if "error: " in line]
-    assert "names of cases" not in line and "contents of cases (" in line and not (tmp_path / "results").exists()
+    assert "names of entries" not in line and "contents of cases (" in line and not (tmp_path / "results").exists()
 
 
 @pytest.mark.long
