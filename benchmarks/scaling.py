@@ -30,6 +30,7 @@ from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.settings import Settings
 
 PROCESSES, TRACED = (1, 2), (1, 2, 4)
+ON_CPU = {"image_size": 64, "num_channels": 32, "threads": 1}  # of the U-Net; the published one takes minutes a step
 WIRES = ("float32", "bfloat16")
 FEWEST = 8  # cases of the smaller data set that is traced
 TINY = ("--image_size 16 --fit resize --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --num_heads 1"

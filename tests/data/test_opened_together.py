@@ -83,7 +83,7 @@ said["empty"] = refused("empty")
 os.chdir(f"{base}/machine{rank}")
 base = "."
 said["unlike"] = [refused(folder) for folder in ("contents", "entries", "missing")]
-checkpoint.save(f"{base}.rank{rank}", said)
+checkpoint.save(f"{sys.argv[1]}.rank{rank}", said)
 dist_util.cleanup()
 """
 
