@@ -111,22 +111,23 @@ def find_cases_together(data_dir: str | os.PathLike, flag: str = "--data_dir", r
 
     def look():
         cases = find_cases(data_dir, flag, readers)[:limit or None]
-        return [[*map(to_words, cases)], sorted(readers.used(cases))]
+        return [to_words(cases, data_dir), sorted(readers.used(cases))]
 
     words, used = dist_util.from_first_rank(look)
-    return from_words(words), set(used)
+    return from_words(words, data_dir), set(used)
 
 
-def to_words(case: CaseFiles) -> list[Any]:
-    """A case as lists, texts and numbers, for other processes."""
-    return [[str(part) for part in value] if isinstance(value, (list, tuple)) else
-            str(value) if isinstance(value, Path) else value for value in case]
+def to_words(cases: Iterable[CaseFiles], root: str | os.PathLike) -> list[list[Any]]:
+    """Cases below a folder as lists, texts and numbers, for other processes."""
+    relative = functools.cache(lambda path: os.path.relpath(path, root))  # the slices of a series share its files
+    return [[[*map(relative, value)] if isinstance(value, (list, tuple)) else
+             relative(value) if isinstance(value, Path) else value for value in case] for case in cases]
 
 
-def from_words(cases: Iterable[list[Any]]) -> list[CaseFiles]:
-    """The cases of to_words."""
-    paths = functools.cache(lambda *names: tuple(map(Path, names)))  # the slices of a series share its files
-    return [CaseFiles(name, Path(folder), [*map(Path, images)], [*map(Path, labels)], volume, number, paths(*series),
+def from_words(cases: Iterable[list[Any]], root: str | os.PathLike) -> list[CaseFiles]:
+    """The cases of to_words, below what is the same folder here."""
+    paths = functools.cache(lambda *names: tuple(Path(root, name) for name in names))
+    return [CaseFiles(name, Path(root, folder), [*paths(*images)], [*paths(*labels)], volume, number, paths(*series),
                       problem) for name, folder, images, labels, volume, number, series, problem in cases]
 
 

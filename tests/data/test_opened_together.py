@@ -9,6 +9,7 @@ from helpers.pictures import SIZE
 from helpers.processes import PATIENCE, free_port
 
 from guided_diffusion import checkpoint
+from guided_diffusion.data.case_files import CaseFiles, find_cases, from_words, to_words
 from guided_diffusion.data.cases import SegmentationCases
 
 FEW, MANY = 16, 32
@@ -160,6 +161,14 @@ def test_a_disk_that_is_full_leaves_all_ranks_with_cases_decoded_at_every_visit(
         assert kept == (f"decoded at every visit: {data}/full/.decoded_{SIZE}_error cannot be written (No space left on"
                         f" device)")
         assert_contents(contents, SegmentationCases(data / "full", SIZE))
+
+
+def test_a_listing_leads_to_the_same_files_below_the_folder_of_another_machine(make_cases, tmp_path):
+    here, there = (make_cases(tmp_path / name / "data") for name in ("here", "there"))
+    assert from_words(to_words(find_cases(here), here), there) == find_cases(there)
+    files = tuple(here / "ct" / f"{i}.dcm" for i in range(3))
+    ct = CaseFiles("ct_001", here / "ct", [files[1]], [], "ct", 1, files, "no pixels")
+    assert from_words(to_words([ct], here), here) == [ct]
 
 
 def test_what_is_wrong_with_a_case_or_a_folder_is_said_by_all_ranks(ranks, data):
