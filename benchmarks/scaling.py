@@ -104,11 +104,15 @@ def measure_files(args):
         seen = [operations(count, cases) for cases in (FEWEST, 2 * FEWEST)]
         slope = (seen[1] - seen[0]) / FEWEST
         rows.append({"variant": f"{count} process(es)", f"{FEWEST} cases": seen[0], f"{2 * FEWEST} cases": seen[1],
-                     "a case": slope, "a case and process": slope / count})
-    few, many = rows[0]["a case"], rows[-1]["a case"]
-    growth = (many - few) / (TRACED[-1] - TRACED[0])
+                     "a case": slope, "whatever the cases": seen[0] - FEWEST * slope})
+
+    def of(processes, column):
+        one, several = rows[0][column], rows[-1][column]
+        return one + (processes - 1) * (several - one) / (TRACED[-1] - 1)
+
     return "File operations under --data_dir until the end of the first step", rows, (
-        f"By this slope, 64 processes make {few + 63 * growth:.0f} a case.")
+        f"By these, 64 processes would make {of(64, 'a case'):.0f} a case, and {of(64, 'whatever the cases'):.0f}"
+        f" whatever the number of cases (calculated).")
 
 
 def operations(count, cases):

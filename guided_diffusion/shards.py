@@ -30,17 +30,17 @@ def share_out(network: nn.Module, units: Iterable[nn.Module], reduce_dtype: torc
     # networks here change nothing in place while there are gradients
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     device = dist_util.dev()
-    whole = {p for module in network.modules() for name in getattr(module, "frozen", ())
-             for p in module.get_submodule(name).parameters()}
+    kept = {p for module in network.modules() for name in getattr(module, "frozen", ())
+            for p in module.get_submodule(name).parameters()}
     options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
                                "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype)}
-    if whole:
-        options["ignored_params"] = whole
+    if kept:
+        options["ignored_params"] = kept
     for p in network.parameters():
         p.data = p.data.contiguous()  # which FSDP asks for
     for unit in (*units, network):
         fully_shard(unit, **options)
-    for p in whole:
+    for p in kept:
         p.data = p.data.to(device)
     return network
 

@@ -27,18 +27,19 @@ import os
 import sys
 import torch
 from helpers.loops import bad_steps, make_loop, saver_of, spoil
-from helpers.models import awake, make_cimd
+from helpers.models import WithFrozenEncoder, awake, make_cimd
 from guided_diffusion import checkpoint, dist_util, logger, shards
+from guided_diffusion.methods.cimd import CIMD
 from guided_diffusion.training.resume import resume
 
 dist_util.setup_dist()
 logger.configure(enabled=False)
 base, rank, common = sys.argv[1], dist_util.rank(), json.loads(sys.argv[2])
 
-def trained(folder, steps, model=None, spoilt=(), shard=True, **settings):
+def trained(folder, steps, model=None, spoilt=(), shard=True, method=None, **settings):
     os.makedirs(f"{base}/{folder}", exist_ok=True)
-    loop = make_loop(f"{base}/{folder}", awake(make_cimd(learn_sigma=True)), max_steps=steps, shard=shard,
-                     save_interval=2, **common | settings)
+    method = method or awake(make_cimd(learn_sigma=True))
+    loop = make_loop(f"{base}/{folder}", method, max_steps=steps, shard=shard, save_interval=2, **common | settings)
     if model:
         resume(loop, f"{base}/{model}")
     loop.gradients, optimize = [], loop.optimize
@@ -71,6 +72,10 @@ seen["of ddp"] = weights(other.method), weights(ddp.method)
 seen["bf16"] = trained("bf16", 1, wire_dtype="bfloat16", grad_clip=0.0).gradients[0]
 scaled = trained("scaled", 1, dtype=torch.float16, grad_clip=0.0)
 seen["scale"] = scaled.scaler.get_scale()
+frozen = [trained(f"frozen{shard}", 2, shard=shard, method=CIMD(make_cimd().diffusion, WithFrozenEncoder()))
+          for shard in (False, True)]
+seen["frozen"] = [weights(loop.method) for loop in frozen]
+seen["encoders"] = [shards.bytes_held(loop.ema["0.5"].encoder.parameters()) for loop in frozen]
 checkpoint.save(f"{base}/rank{rank}.pt", seen)
 dist_util.cleanup()
 """
@@ -153,6 +158,15 @@ def test_gradients_are_sent_as_bf16_and_losses_are_scaled_as_with_ddp(shared):
     for one, other in zip(first["bf16"], second["bf16"]):
         assert torch.equal(one, other)
     assert first["scale"] == second["scale"] != 2 ** 20
+
+
+def test_parts_that_are_never_trained_stay_whole(shared):
+    ranks, folder = shared
+    for seen in ranks:
+        close(*seen["frozen"], 1e-6)
+        assert seen["encoders"][0] == seen["encoders"][1]
+    assert {path.name for path in (folder / "frozenTrue").iterdir()} == {
+        path.name for path in (folder / "frozenFalse").iterdir()} >= {"frozenmodel.pt"}
 
 
 def test_units_are_the_blocks_of_the_unet_and_none_lies_in_another():

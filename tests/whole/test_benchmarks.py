@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -231,6 +232,18 @@ def test_every_part_is_measured_and_written(speed, tmp_path):
     assert sum(row["rounds"][0] for row in kinds) == pytest.approx(parts["profile"][0]["rounds"][0])
     for row in parts["unet"] + parts["training"]:
         assert row["% of convolution"] > 0 and row["% of product"] > 0
+
+
+@pytest.mark.long
+def test_scaling_is_measured_to_its_end_and_file_operations_grow_with_cases_alone(benchmark, tmp_path):
+    if not shutil.which("strace"):
+        pytest.skip("needs strace")
+    done = benchmark("speed.py", "--scaling", "--rounds", 1, "--train_batch_size", 1, "--output_dir", "out")
+    assert done.code == 0, done.out
+    parts = json.loads((tmp_path / "out" / "scaling.json").read_text())["parts"]
+    assert list(parts) == ["paper", "steps", "files"]
+    assert [row["MB of gradients"] for row in parts["steps"]] == pytest.approx([0, 31.8, 15.9], abs=0.1)
+    assert len({row["a case"] for row in parts["files"]}) == 1
 
 
 def test_parts_are_chosen_and_mistakes_refused(speed, tmp_path):

@@ -71,7 +71,7 @@ def launchers():
             "shard": [sys.executable, TRAIN, "--ngpu", 2, "--shard", "True"]}
 
 
-@pytest.mark.parametrize("names", [["ngpu"], ["shard"], pytest.param(["launch", "mpiexec"], marks=pytest.mark.long)])
+@pytest.mark.parametrize("names", [["ngpu"], pytest.param(["launch", "mpiexec", "shard"], marks=pytest.mark.long)])
 def test_two_processes_train_as_one_with_twice_the_batch_under_every_launcher(processes, run, make_cases, tiny,
                                                                               tmp_path, names):
     data, expected = make_cases(tmp_path / "data", count=5, raters=[2, 1, 3, 2, 2]), tmp_path / "one"
