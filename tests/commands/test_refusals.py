@@ -137,16 +137,18 @@ def test_nothing_to_sample_from_is_refused_by_the_path_that_was_tried(run, data,
 
 
 @pytest.mark.parametrize("path", ["file", "file/below", "file/far/below"])
-def test_results_folder_at_or_below_a_file_is_refused_by_both_scripts(train, sample, tmp_path, path):
+def test_results_or_cache_folder_at_or_below_a_file_is_refused_by_both_scripts(train, sample, tmp_path, path):
     (tmp_path / "file").write_text("mine")
     for script in (train, sample):
         refused(script(path), f"--results_dir {path}", "another folder")
+        refused(script("results", "--cache_dir", path), f"--cache_dir {path}", "another folder")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--augment", "flips,mirror"], "--augment flips,mirror: there is no 'mirror'; there are flips,rot90,shift"),
     (["--init", "nowhere.pt"], "--init nowhere.pt: no such file"),
+    (["--shard", "True"], "--shard True: there is one process"),
     (["--init", "a.pt", "--resume_checkpoint", "b000001.pt"], "--resume_checkpoint and --init: choose one"),
     (["--resume_checkpoint", "results/savedmodel_best.pt"], "start a new run with --init"),
     (["--lr_warmup", -1], "--lr_warmup -1: must be at least 0")])
