@@ -151,8 +151,10 @@ class SegmentationCases:
     def _decode_all(self, shows):
         """Check every case; returns the decoded ones, None if they are not kept, and words for where they are."""
         sample = [self._attempt(files) for files in self.cases[::-(-len(self.cases) // 8)]]
-        if self.together:
-            dist_util.refuse_unlike({"contents of cases": _digest_of_contents(sample)[:12]},
+        if self.together:  # of the cases that all could read
+            read = zip(*dist_util.all_gather_objects([isinstance(record, tuple) for record in sample]))
+            seen = [record for record, by_all in zip(sample, map(all, read)) if by_all]
+            dist_util.refuse_unlike({"contents of cases": _digest_of_contents(seen)[:12]},
                                     f"{self.flag} {self.data_dir} must hold the same for every process")
         largest = max((case[0].nbytes + case[1].nbytes for case in sample if not isinstance(case, str)), default=0)
         everything = range(len(self.cases))
@@ -324,14 +326,11 @@ def _as_array(part):
 
 
 def _digest_of_contents(records):
-    """A hash of records, or of what is wrong with a case in the place of one."""
+    """A hash of records."""
     digest = hashlib.sha256()
-    for record in records:
-        parts = record if isinstance(record, tuple) else [record]
-        digest.update(repr([(part.shape, str(part.dtype)) if isinstance(part, np.ndarray) else part
-                            for part in parts]).encode())
-        for part in parts:
-            digest.update(part.tobytes() if isinstance(part, np.ndarray) else b"")
+    for image, packed, size in records:
+        digest.update(repr((image.shape, str(image.dtype), packed.shape, size)).encode())
+        digest.update(image.tobytes() + packed.tobytes())
     return digest.hexdigest()
 
 
