@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers.dicom import write_series
 from helpers.files import save
 from helpers.refusals import refusal
 
@@ -27,33 +28,6 @@ def write_nifti(path, shape, affine, codes=(1, 4), seed=0):
     image.header["descrip"] = b"Jane Doe"
     path.parent.mkdir(parents=True, exist_ok=True)
     image.to_filename(path)
-    return marked
-
-
-def write_dicom(folder, slices=4, shape=(20, 16)):
-    """A CT series whose files are not in the order of its slices; returns where each is bright, {UID: [H, W]}."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng, series, marked = np.random.default_rng(0), pydicom.uid.generate_uid(), {}
-    study, frame = pydicom.uid.generate_uid(), pydicom.uid.generate_uid()
-    for number, i in enumerate(rng.permutation(slices)):
-        data, uid = pydicom.Dataset(), pydicom.uid.generate_uid()
-        data.file_meta = pydicom.dataset.FileMetaDataset()
-        data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = pydicom.uid.CTImageStorage
-        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = uid
-        data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = series, study, frame
-        data.Modality, data.PatientID, data.PatientName, data.PatientSex, data.PatientBirthDate = "CT", "7", "", "", ""
-        data.StudyDate = data.StudyTime = data.AccessionNumber = data.StudyID = data.ReferringPhysicianName = ""
-        data.SeriesNumber, data.InstanceNumber = 3, int(i) + 1
-        data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, float(2 * i)], [1, 0, 0, 0, 1, 0]
-        data.PixelSpacing, data.SliceThickness = [0.5, 0.7], 2
-        data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 1
-        data.BitsAllocated = data.BitsStored = 16
-        data.HighBit, data.RescaleSlope, data.RescaleIntercept = 15, 1, -1000
-        data.Rows, data.Columns = shape
-        marked[uid] = rng.random(shape) < 0.5
-        data.PixelData = (marked[uid] * 1400).astype(np.int16).tobytes()
-        data.save_as(folder / f"{number}.dcm", enforce_file_format=True)
     return marked
 
 
@@ -98,7 +72,7 @@ def frames_of(seg):
 
 
 def test_dicom_seg_objects_have_the_masks_of_each_slice_of_the_series(tmp_path):
-    marked = write_dicom(tmp_path / "scan")
+    marked = write_series(tmp_path / "scan")
     cases = SegmentationCases(tmp_path / "scan", 20, 1, "pad", need_labels=False)
     slices = []
     for info, masks in bright(cases, range(3)):  # the last slice is not drawn
@@ -126,7 +100,7 @@ def test_dicom_seg_objects_have_the_masks_of_each_slice_of_the_series(tmp_path):
 
 def test_sampling_writes_volumes_once_and_again_when_a_slice_is_drawn(run, trained, tmp_path):
     write_nifti(tmp_path / "d" / "brain.nii.gz", (20, 18, 2), AFFINES["as shown"])
-    write_dicom(tmp_path / "d" / "chest", slices=2)
+    write_series(tmp_path / "d" / "chest", slices=2)
 
     def sample():
         result = run("segmentation_sample.py", "--data_dir", "d", "--model_path", trained / "savedmodel.pt", "--fit",

@@ -9,7 +9,8 @@ import numpy as np
 from ...system import packages
 from ...system.errors import InputError
 from . import READERS
-from .base import Stack, Volume, VolumeReader
+from .base import Segments, Stack, Volume, VolumeReader
+from .dicom_seg import DicomSegments
 
 CT_RANGE = -1000.0, 400.0  # HU, air to bone: what --normalise full takes of CT, whose numbers mean the same everywhere
 _HEADER = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "Rows", "Columns",
@@ -75,6 +76,11 @@ class Dicom(VolumeReader):
         if between and spacing:
             info["grid"] = _grid(places, spacing)
         return Volume(pixels, spacing, info, full, places)
+
+    def segments(self, path: Path, scan: Volume) -> Segments | None:
+        pydicom = packages.require("pydicom", f"{path}: reading it")
+        kind = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID"]).get("SOPClassUID", "")
+        return DicomSegments(path, scan.slices) if kind.startswith(_SEGMENTATIONS) else None
 
 
 def _stem(path):
