@@ -38,6 +38,7 @@ from ..networks.tiles import tiles
 from ..sampling import ensembles, files, volumes
 from ..sampling.sharing import SharedCases
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
+from ..scoring.volume_scores import VolumeScores, by_volume, places_of
 from ..script_util import autocast_dtype, create_method
 from ..system import storage
 from ..system.errors import InputError, raise_problems
@@ -120,12 +121,12 @@ def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespa
 class Scores:
     """The scores of all cases, brought together by one of the processes that have drawn them.
 
-    :param find: find_masks of a case by its number.
+    :param volumes: for those of whole volumes, too. find: find_masks of a case by its number.
     """
 
-    def __init__(self, folder: str, cases: SegmentationCases, evaluation: Evaluation,
+    def __init__(self, folder: str, cases: SegmentationCases, evaluation: Evaluation, volumes: VolumeScores | None,
                  find: Callable[[int], bool | tuple[Case, np.ndarray]]):
-        self.folder, self.cases, self.evaluation, self.find = folder, cases, evaluation, find
+        self.folder, self.cases, self.evaluation, self.volumes, self.find = folder, cases, evaluation, volumes, find
         self.path = storage.join(folder, "scores.json")
         self.before = self._written()
 
@@ -164,11 +165,21 @@ class Scores:
         for name in self.evaluation.sort():
             case, masks = self.find(names[name])
             self.evaluation.show(*case, masks)
-        summary = self.evaluation.write(self.folder)
+        whole = self._of_volumes(names) if self.volumes else None
+        summary = self.evaluation.write(self.folder, whole)
         for name in names if complete else ():
             with contextlib.suppress(OSError):
                 storage.remove(files.kept_file(self.folder, name))
         return summary
+
+    def _of_volumes(self, names):
+        """Score the volumes of these cases, {name: number}, from the masks that are kept."""
+        for group in by_volume([self.cases.cases[i] for i in names.values()], self.volumes.places):
+            for name in [case.name for case in group if case.name in self.volumes.places]:
+                case, masks = self.find(names[name])
+                self.volumes.add(name, self.evaluation.patient_of(name), case.raters, masks)
+        self.volumes.finish()
+        return self.volumes.write(self.folder, self.evaluation.names)
 
 
 def what_is_where(args: SimpleNamespace, folder: str, done: str, formats: set[str]) -> str:
@@ -208,6 +219,7 @@ def main() -> None:
         sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
                                 method.independent, known_patients(cases.cases, given)) if args.evaluate else None
+        whole = VolumeScores(places_of(cases.cases), vars(args), dist_util.dev()) if args.volumes else None
     problems = shared_problems(cases)
     with dist_util.all_ranks_or_none():
         if len(problems) == len(cases):
@@ -220,7 +232,7 @@ def main() -> None:
     mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
     look = partial(find_masks, cases, folder=folder, num_ensemble=args.num_ensemble, settings=settings,
                    kept=args.evaluate)
-    scores = Scores(folder, cases, evaluation, look) if evaluation else None
+    scores = Scores(folder, cases, evaluation, whole, look) if evaluation else None
     looked = progress(cases.readable(mine, look), "looking for masks", len(mine), "case", enabled=rank == 0,
                       leave=False)
     todo = sorted(sum(dist_util.all_gather_objects([i for i, found in looked if not found]), []))

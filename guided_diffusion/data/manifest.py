@@ -91,6 +91,12 @@ def place_of(row: Mapping[str, str]) -> dict[str, Any]:
             "slice_spacing": _positive(row.get("slice_spacing", ""))}
 
 
+def with_place(spacing: tuple[float, float] | None, info: Mapping[str, Any], row: Mapping[str, str]
+               ) -> tuple[tuple[float, float] | None, dict[str, Any]]:
+    """The spacing and info of a scan: what its files say, or else what a row says of its place."""
+    return (spacing, dict(info)) if spacing else (spacing_of(row), {**info, **place_of(row)})
+
+
 def _positive(text):
     """A number above 0; None for any other text."""
     try:

@@ -24,7 +24,7 @@ from PIL import Image
 from ..data.masks import from_pixels
 from ..data.readers.nifti import to_file_axes
 from ..system import packages, storage
-from ..system.errors import InputError
+from ..system.errors import InputError, raise_problems
 from .files import writing
 
 FORMATS = {"nifti": ("nibabel",), "dicom": ("pydicom", "highdicom")}  # and the packages that writing takes
@@ -78,15 +78,20 @@ def write_volume(folder: storage.AnyPath, name: str, slices: Sequence[tuple[Info
 def save_volumes(folder: storage.AnyPath, ensembles: Iterable[Any]) -> None:
     """Write the files of all volumes whose slices are among these Ensembles, what Segmenter.sample returned.
 
-    :raises InputError: as write_volume.
+    :raises InputError: naming all volumes that have no geometry, once the others are written, and as write_volume.
     """
     storage.make_folder(folder, "folder")
     volumes = {}
     for ensemble in ensembles:
         if ensemble.info.get("format") in FORMATS:
             volumes.setdefault(ensemble.info["volume"], []).append((ensemble.info, ensemble.masks))
+    problems = []
     for name, slices in volumes.items():
-        write_volume(folder, name, slices)
+        try:
+            write_volume(folder, name, slices)
+        except NoGeometry as error:
+            problems.append(str(error))
+    raise_problems(problems, str(folder))
 
 
 def volume_interval(ensembles: Sequence[Any], level: float = 0.9) -> tuple[float, float, float]:

@@ -135,6 +135,40 @@ def test_the_python_door_gives_the_same_geometry(trained, tmp_path):
         [0.7 * 0.8 * 2.5 / 1000 * each for each in (voxels.min(), np.median(voxels), voxels.max())])
 
 
+def changed(path, *names):
+    """A DICOM file without some of its elements."""
+    data = pydicom.dcmread(path)
+    for name in names:
+        delattr(data, name)
+    data.save_as(path)
+    return path
+
+
+def test_masks_of_a_dicom_picture_without_a_place_refer_to_it_alone(trained, tmp_path):
+    write_series(tmp_path, slices=1, shape=(16, 16))
+    path = changed(tmp_path / "0.dcm", "ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID")
+    ensemble = Segmenter.load(trained, device="cpu").sample(path, 2, 2)
+    ensemble.masks[:] = np.random.default_rng(0).random((2, 16, 16)) < 0.5
+    ensemble.save(tmp_path / "out")
+    seg = pydicom.dcmread(tmp_path / "out" / "0_members.dcm")
+    assert np.array_equal(seg.pixel_array[:2] > 0, ensemble.masks)
+    assert "PlanePositionSequence" not in seg.PerFrameFunctionalGroupsSequence[0]
+    assert {uid for _, uid in frames_of(seg)} == {ensemble.info["sop_uid"]}
+
+
+def test_a_picture_that_dicom_seg_cannot_refer_to_is_saved_with_a_warning_and_the_others_are_written(trained, tmp_path):
+    write_series(tmp_path / "a", slices=1, shape=(16, 16))
+    write_series(tmp_path / "b", slices=2, shape=(16, 16))
+    path = changed(tmp_path / "a" / "0.dcm", "StudyInstanceUID")
+    segmenter = Segmenter.load(trained, device="cpu")
+    ensemble, series = segmenter.sample(path, 2, 2), segmenter.sample(tmp_path / "b", 2, 2)
+    with pytest.warns(UserWarning, match="0.dcm: masks cannot be written in its format"):
+        ensemble.save(tmp_path / "out")
+    assert {"0_output0.png", "0_output1.png", "0_montage.png"} < {each.name for each in (tmp_path / "out").iterdir()}
+    assert "0.dcm: masks cannot be written" in refusal(volumes.save_volumes, tmp_path / "all", [ensemble, *series])
+    assert sorted(each.name for each in (tmp_path / "all").iterdir()) == ["b_members.dcm", "b_probability.dcm"]
+
+
 def test_prepared_slices_have_the_geometry_of_the_manifest(trained, tmp_path):
     rng, sizes = np.random.default_rng(0), ("0.5 2", "0.5 2", "", "x 1")
     for i in range(4):
@@ -146,6 +180,8 @@ def test_prepared_slices_have_the_geometry_of_the_manifest(trained, tmp_path):
     ensembles = Segmenter.load(trained, device="cpu").sample(paths, 3, 2)
     assert [each.spacing for each in ensembles] == [(0.5, 2), (0.5, 2), None, None]
     assert ensembles[1].info["slice"] == 1
+    cases = SegmentationCases(tmp_path / "data" / "train", 16, need_labels=False)
+    assert [cases.facts(i) for i in range(4)] == [(each.spacing, each.info) for each in ensembles]
     areas = ensembles[0].masks.sum((1, 2)) + ensembles[1].masks.sum((1, 2))
     assert volumes.volume_interval(ensembles[:2])[1] == pytest.approx(np.median(areas) * 3 / 1000)
     for wrong, words in ((ensembles, "p_2: the distance"), ([], "not of the slices of one volume")):

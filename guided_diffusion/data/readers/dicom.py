@@ -43,13 +43,15 @@ class Dicom(VolumeReader):
         for path in files:
             try:
                 header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER)
+                kind, frames = header.get("SOPClassUID"), int(header.get("NumberOfFrames", 1) or 1)
+                for name in _HEADER:
+                    header.get(name)  # values are parsed when they are asked for
             except Exception:  # reading it says what is wrong
                 found.append(Stack(path.stem, (path,), 1))
                 continue
-            kind = header.get("SOPClassUID")
             if kind and (kind.startswith(_SEGMENTATIONS) or ("Rows" not in header and "Image" not in kind.name)):
                 continue  # plans, reports, outlines, masks
-            if (frames := int(header.get("NumberOfFrames", 1) or 1)) > 1:
+            if frames > 1:
                 found.append(Stack(_stem(path), (path,), frames))
             else:
                 series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
