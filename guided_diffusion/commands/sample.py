@@ -81,15 +81,12 @@ def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespa
     one of the cases `drawn` is such in a bucket; each volume by one of all processes. Returns which have no geometry, a
     message each."""
     slices, problems = {}, []
-    for i, case in enumerate(cases.cases):
-        if case.volume and i not in cases.problems:
-            slices.setdefault(case.volume, []).append(i)
+    for i in range(len(cases)):
+        if i not in cases.problems and cases.volumes[i][1] in volumes.FORMATS:
+            slices.setdefault(cases.volumes[i], []).append(i)
 
     def is_complete(volume):
-        kind = cases.readers.name_of(cases.cases[slices[volume][0]].images[0])
-        if kind not in volumes.FORMATS:
-            return True
-        paths = [storage.join(folder, name) for name in volumes.names(volume, kind)]
+        paths = [storage.join(folder, name) for name in volumes.names(*volume)]
         if not all(map(storage.exists, paths)):
             return False
         if storage.is_remote(folder):
@@ -100,18 +97,18 @@ def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespa
     left = [volume for volume in slices if not is_complete(volume)]
     while left:
         for volume in [*left]:
-            if not shared.take_lease(volume):
+            if not shared.take_lease(volume[0]):
                 continue
             left.remove(volume)
             try:
                 if storage.is_remote(folder) or not is_complete(volume):
-                    volumes.write_volume(folder, volume, [
+                    volumes.write_volume(folder, volume[0], [
                         (cases.facts(i).info, volumes.read_masks(folder, cases.cases[i].name, args.num_ensemble))
                         for i in slices[volume]])
             except volumes.NoGeometry as error:
                 problems.append(str(error))
             finally:
-                shared.leases.give_back(shared.path(volume))
+                shared.leases.give_back(shared.path(volume[0]))
         if left:
             shared.wait()
             left = [volume for volume in left if not is_complete(volume)]
@@ -214,8 +211,9 @@ def main() -> None:
                                   need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True,
                                   options=vars(args))
         refuse_unused(vars(args), cases.readers_used, args.data_dir)
+        formats = {kind for _, kind in cases.volumes}
         if not args.evaluate:
-            volumes.refuse_missing_packages(cases.readers_used)
+            volumes.refuse_missing_packages(formats)
         sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
                                 method.independent, known_patients(cases.cases, given)) if args.evaluate else None
@@ -319,7 +317,7 @@ def main() -> None:
         after = len(cases) - len(problems)
         scored = scores.write(shared, complete=not problems) if evaluation and after else None
         shared.clean(name for i, case in enumerate(cases.cases) if i not in cases.problems
-                     for name in filter(None, (case.name, case.volume)))
+                     for name in filter(None, (case.name, cases.volumes[i][0])))
 
     if rank > 0:  # one of each launch says what has become of it
         return
@@ -332,7 +330,7 @@ def main() -> None:
         if after:
             logger.log(report(scored, folder))
     elif after:
-        logger.log(what_is_where(args, folder, done, cases.readers_used))
+        logger.log(what_is_where(args, folder, done, formats))
     others = f"all other cases ({after}) are complete in {folder}"
     if len(problems) == 1:
         problems = [f"{problems[0]}; {others}"]

@@ -130,6 +130,14 @@ class SegmentationCases:
         return Facts(*manifest.with_place(scan.spacing, info, self._rows[i]))
 
     @cached_property
+    def volumes(self) -> list[tuple[str, str]]:
+        """For each case, the name and format of the volume that it is a slice of, as its files say or else
+        manifest.csv; ("", "") for others."""
+        prepared = map(manifest.volume_of, self._rows)
+        return [(case.volume, self.readers.name_of(case.images[0])) if case.volume else
+                (volume, "nifti" if volume else "") for case, volume in zip(self.cases, prepared)]
+
+    @cached_property
     def _rows(self):
         return manifest.rows_in_order(self.cases)
 

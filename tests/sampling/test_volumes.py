@@ -8,6 +8,8 @@ from helpers.refusals import refusal
 
 from guided_diffusion.data import manifest
 from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.prepare import SOURCES
+from guided_diffusion.prepare.runner import Job, prepare
 from guided_diffusion.sampling import volumes
 from guided_diffusion.sampling.segmenter import Segmenter
 
@@ -189,6 +191,40 @@ def test_prepared_slices_have_the_geometry_of_the_manifest(trained, tmp_path):
             volumes.volume_interval(wrong)
     with pytest.raises(ValueError, match="level is 90"):
         volumes.volume_interval(ensembles[:2], 90)
+
+
+@pytest.mark.parametrize("axis, spacing", [("axial", 0), ("coronal", 0), ("sagittal", 0), ("axial", 0.5)])
+def test_masks_of_prepared_slices_come_back_into_their_volume(tmp_path, axis, spacing):
+    shape = 22, 14, 18
+    write_nifti(tmp_path / "in" / "p.nii.gz", shape, AFFINES["turned"])
+    marked = np.linalg.norm(np.indices(shape) - np.array([12, 6, 9])[:, None, None, None], axis=0) < 5
+    image = nibabel.Nifti1Image(marked.astype(np.uint8), AFFINES["turned"])
+    image.to_filename(tmp_path / "in" / "p_mask1.nii.gz")
+    flags = {flag.name: flag.default for flag in SOURCES.entries["nifti"].flags}
+    prepare(Job("nifti", tmp_path / "in", {**flags, "axis": axis, "spacing": spacing}), tmp_path / "out")
+    cases = SegmentationCases(tmp_path / "out", 128, 1, "pad")
+    assert {*cases.volumes} == {("p", "nifti")}
+    volumes.write_volume(tmp_path, "p", [(cases.facts(i).info, cases.whole(i).raters) for i in range(len(cases))])
+    written = nibabel.load(tmp_path / "p_ensemble.nii.gz")
+    assert written.shape == (*shape, 1) and np.allclose(written.affine, AFFINES["turned"], atol=1e-6)
+    found = np.asarray(written.dataobj)[..., 0] > 0
+    assert np.array_equal(found, marked) if not spacing else (found & marked).sum() > 0.9 * (found | marked).sum()
+    (tmp_path / "in" / "p.nii.gz").unlink()
+    gone = SegmentationCases(tmp_path / "out", 128, 1, "pad")
+    assert gone.volumes[0] == ("", "") and "format" not in gone.facts(0).info
+
+
+def test_sampling_puts_prepared_slices_into_their_volume(run, trained, tmp_path):
+    write_nifti(tmp_path / "in" / "p.nii.gz", (16, 16, 2), AFFINES["as shown"])
+    write_nifti(tmp_path / "in" / "p_mask1.nii.gz", (16, 16, 2), AFFINES["as shown"])
+    flags = {flag.name: flag.default for flag in SOURCES.entries["nifti"].flags}
+    prepare(Job("nifti", tmp_path / "in", flags), tmp_path / "out")
+    result = run("segmentation_sample.py", "--data_dir", "out", "--model_path", trained / "savedmodel.pt",
+                 "--num_ensemble", 2, "--sampler", "best", "--sampling_steps", 2)
+    assert result.code == 0 and "in the nifti scan's geometry" in result.out, result.err
+    members = np.asarray(nibabel.load(tmp_path / "results" / "p_ensemble.nii.gz").dataobj)
+    drawn = volumes.read_masks(tmp_path / "results", "p_001", 2)
+    assert members.shape == (16, 16, 2, 2) and np.array_equal(members[:, :, 1, 1].T > 0, drawn[1])
 
 
 def test_a_missing_package_is_named_before_anything_is_drawn(monkeypatch):
