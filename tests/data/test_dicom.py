@@ -177,6 +177,20 @@ def test_every_example_of_pydicom_is_read_passed_over_or_refused_in_one_line():
     assert read >= 80
 
 
+def test_without_a_decoder_what_brings_it_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
+    example = Path(pydicom.__file__).parent / "data" / "test_files" / "693_J2KI.dcm"
+    if not example.exists():
+        pytest.skip("pydicom is installed without its examples")
+    (tmp_path / "a.dcm").write_bytes(example.read_bytes())
+    save(tmp_path / "b.dcm", (HU[0] + 1024).astype(np.uint16))
+    monkeypatch.setattr(pydicom.pixels.decoders.JPEG2000LosslessDecoder, "_available", {})
+    monkeypatch.setattr(pydicom.pixels.decoders.JPEG2000Decoder, "_available", {})
+    cases = SegmentationCases(tmp_path, 16, 1, "resize", need_labels=False, skip_bad=True)
+    assert [case.name for _, case in cases.readable([1])] == ["b"]
+    message, = cases.problems.values()
+    assert message.startswith(f"{tmp_path / 'a.dcm'}: is compressed (JPEG 2000") and "pip install pylibjpeg" in message
+
+
 def test_labels_beside_a_series_are_volumes_on_its_grid(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     save_series(tmp_path / "p1")

@@ -107,6 +107,14 @@ def test_labels_that_do_not_fit_the_series_are_named(ensemble, labelled, change,
     assert words in message and str(labelled / "label0_.dcm") in message
 
 
+def test_a_label_that_is_cut_off_is_named_in_one_line(ensemble, labelled):
+    whole = (ensemble / "scan_members.dcm").read_bytes()
+    for length in (0, 100, 200, len(whole) // 2, len(whole) - 100):
+        (labelled / "label0_.dcm").write_bytes(whole[:length])
+        message = refusal(read_case, find_cases(labelled.parent)[0])
+        assert str(labelled / "label0_.dcm") in message and "\n" not in message
+
+
 def test_channels_of_a_volume_are_raters_in_a_file_called_labels(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     folder, affine = tmp_path / "p", np.diag([-0.6, -0.7, 2.5, 1.0])
