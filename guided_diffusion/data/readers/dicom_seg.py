@@ -38,8 +38,8 @@ class DicomSegments(Segments):
             groups = own, *(data.get("SharedFunctionalGroupsSequence") or [])[:1]
             number = self._slice_of(groups, slices, by_uid)
             if number is None:
-                raise InputError(f"{path}: its frame {i + 1} is of no slice of the scan beside it; give the segmentation"
-                                 f" of that series")
+                raise InputError(f"{path}: its frame {i + 1} is of no slice of the scan beside it; give the"
+                                 f" segmentation of that series")
             segment = int(_first(groups, "SegmentIdentificationSequence").ReferencedSegmentNumber)
             self._frames.setdefault((number, segment), []).append(i)
         self._frame(len(data.PerFrameFunctionalGroupsSequence) - 1)  # so that a file that is cut off is found here
