@@ -67,7 +67,7 @@ def score(args: SimpleNamespace, given: dict[str, Any]) -> None:
             volumes.add(case.name, evaluation.patient_of(case.name), *scored[1:])
 
     cases = [case for case in cases if case.name in members]
-    each_case(by_volume(cases, volumes.places) if volumes else [[case] for case in cases], read, add, args.samples_dir)
+    each_case(by_volume(cases, volumes.places if volumes else {}), read, add, args.samples_dir)
     evaluation.gather()
     if volumes:
         volumes.gather()
@@ -85,14 +85,15 @@ def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
         both, only = in_common(args, cases, found)
         found = [{case.name: members[case.name] for case in both} for members in found]
         independent = [folder.independent(members) for folder, members in zip(folders, found)]
-        return [*map(as_words, found)], only, independent, known_patients(both, given)
+        return ([*map(as_words, found)], only, independent, known_patients(both, given),
+                places_of(both) if args.volumes else None)
 
-    found, only, independent, patients = dist_util.from_first_rank(look)
+    found, only, independent, patients, places = dist_util.from_first_rank(look)
     both = [case for case in cases if case.name in found[0]]
     with dist_util.all_ranks_or_none():
         sizes = sizes_of(args, given, *found)
         compared = comparison.Comparison(args.folders, independent, sizes, args.patient_pattern, dist_util.dev(),
-                                         vars(args), patients)
+                                         vars(args), patients, places)
         if args.output_dir:
             storage.make_folder(args.output_dir, "--output_dir")
 
@@ -101,7 +102,7 @@ def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
             read_scored_case(case, [*map(Path, members[case.name])], args.fit, readers) for members in found)
         return raters, (first, second)
 
-    each_case([[case] for case in both], read, lambda case, scored: compared.add(case.name, *scored),
+    each_case(by_volume(both, compared.places), read, lambda case, scored: compared.add(case.name, *scored),
               " and ".join(args.folders))
     compared.gather()
     if dist_util.rank() == 0:
