@@ -19,7 +19,7 @@ from PIL import Image
 
 from guided_diffusion import checkpoint
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.system import storage
+from guided_diffusion.system import blobs
 
 torch.set_num_threads(1)  # threads only wait for each other in networks this small, above all on a busy machine
 
@@ -195,7 +195,7 @@ def bucket(monkeypatch):
 
     monkeypatch.setattr(blobfile, "BlobFile", open_object)
     monkeypatch.setattr(blobfile, "remove", store.pop)
-    monkeypatch.setattr(storage, "_put_new", lambda path, data: store.setdefault(path, data) is data)
+    monkeypatch.setattr(blobs, "write_new", lambda path, data: store.setdefault(path, data) is data)
     monkeypatch.setattr(blobfile, "exists", lambda path: path in store or bool(listdir(path)))
     monkeypatch.setattr(blobfile, "listdir", listdir)
     return store

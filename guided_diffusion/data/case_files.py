@@ -20,6 +20,7 @@ import numpy as np
 
 from ..system.errors import InputError, raise_problems
 from . import masks, scaling
+from .mirror import local_folder
 from .readers.base import Readers
 
 MAX_NAME_BYTES = 200  # of a case, so that the names of its results are none too long for a file system
@@ -56,6 +57,7 @@ def find_cases(data_dir: str | os.PathLike, flag: str = "--data_dir", readers: R
     :param readers: which files count (default: those of all readers).
     :raises InputError: naming every folder that cannot be listed, and every name that results cannot be called by.
     """
+    data_dir = local_folder(data_dir, flag)
     root, readers = Path(data_dir), readers or Readers()
     if not os.path.isdir(data_dir):
         raise InputError(f"{flag} {data_dir}: no such folder")
