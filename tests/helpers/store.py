@@ -52,10 +52,7 @@ class Store:
             time.sleep(0.05)
 
     def _users(self):
-        import boto3
-
-        iam, s3 = (boto3.client(name, endpoint_url=self.url, region_name="us-east-1", aws_access_key_id="any",
-                                aws_secret_access_key="any") for name in ("iam", "s3"))
+        iam, s3 = (self._client(name, "any", "any") for name in ("iam", "s3"))
         s3.create_bucket(Bucket="shared")
         keys = {}
         for name in ("owner", "guest"):
@@ -67,6 +64,16 @@ class Store:
         asked = urllib.request.Request(f"{self.url}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"})
         with urllib.request.urlopen(asked):  # from now on everyone's rights count
             return keys
+
+    def _client(self, service, key, secret):
+        import boto3
+
+        return boto3.client(service, endpoint_url=self.url, region_name="us-east-1", aws_access_key_id=key,
+                            aws_secret_access_key=secret)
+
+    def client(self):
+        """boto3's own of the owner, which is none of ours."""
+        return self._client("s3", *self.keys["owner"])
 
     def environment(self, user="owner"):
         key, secret = self.keys.get(user, (user, user))

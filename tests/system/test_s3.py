@@ -4,33 +4,9 @@ import threading
 
 import pytest
 from helpers.refusals import refusal
-from helpers.store import Store
 
 from guided_diffusion.system import s3, storage
 from guided_diffusion.system.lease import OneWriter
-
-pytest.importorskip("moto")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("store") / "log")
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def login(store, monkeypatch):
-    """login(user, **variables): from now on this process asks the store as that user."""
-    def enter(user="owner", **variables):
-        for name, value in {**store.environment(user), **variables}.items():
-            monkeypatch.setenv(name, value)
-        s3._store.cache_clear()
-        type(s3._store()).clear_instance_cache()
-
-    enter()
-    yield enter
-    s3._store.cache_clear()
 
 
 def test_objects_are_written_found_read_and_removed(login):
