@@ -48,19 +48,19 @@ def _split(path):
 def _asking(path: str) -> Iterator[Any]:
     """The store, whose refusals name this path. What is absent is a FileNotFoundError, unless its bucket is."""
     store = _store()
-    from botocore.exceptions import BotoCoreError, ConnectionError, HTTPClientError, NoCredentialsError, PartialCredentialsError
+    from botocore import exceptions
 
     who = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     try:
         yield store
     except StoreError:
         raise
-    except (NoCredentialsError, PartialCredentialsError):
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
         raise StoreError(f"{path}: no credentials were found; set {who}") from None
-    except (HTTPClientError, ConnectionError) as error:
+    except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         raise StoreError(f"{path}: the store cannot be reached ({error}); check the network and AWS_ENDPOINT_URL"
                          ) from None
-    except (BotoCoreError, ValueError) as error:  # the latter for an address that is none
+    except (exceptions.BotoCoreError, ValueError) as error:  # the latter for an address that is none
         raise StoreError(f"{path}: cannot be asked for ({error}); check AWS_ENDPOINT_URL, AWS_REGION and {who}"
                          ) from None
     except PermissionError as error:

@@ -9,7 +9,6 @@ import urllib.request
 
 from .processes import PATIENCE, end, free_port
 
-
 # One request at a time: moto looks whether a condition holds, and then writes, where a store does both at once
 SERVER = """
 import sys, threading

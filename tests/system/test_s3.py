@@ -1,6 +1,7 @@
 """Objects in s3://, of a real server in a process of its own."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from helpers.refusals import refusal
@@ -34,19 +35,13 @@ def test_all_pages_of_a_listing_are_read(login, monkeypatch):
 
 def test_only_one_of_several_writes_what_is_absent_or_as_it_was_seen(login):
     path, first = "s3://shared/one", b""
-    for write in (storage.write_new, lambda path, data: storage.write_over(path, first, data)):
-        done = []
-
-        def attempt(data, write=write, done=done):
-            if write(path, data):
-                done.append(data)
-
-        threads = [threading.Thread(target=attempt, args=[b"%d after %s" % (i, first)]) for i in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        first, = done
+    for over in (False, True):
+        write = partial(storage.write_over, path, first) if over else partial(storage.write_new, path)
+        data = [b"%d after %s" % (i, first) for i in range(6)]
+        with ThreadPoolExecutor(6) as pool:
+            done = [*pool.map(write, data)]
+        assert done.count(True) == 1
+        first = data[done.index(True)]
         assert storage.read_bytes(path) == first
     assert not storage.write_over(path, b"other", b"x") and not storage.write_over(path + "?", b"other", b"x")
 
@@ -68,7 +63,8 @@ def test_a_folder_has_one_writer(login):
     ("nobody", {}, "s3://shared/run", "the store gives no rights to it"),
     ("owner", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "s3://shared/run", "the store cannot be reached"),
     ("owner", {"AWS_ENDPOINT_URL": "localhost"}, "s3://shared/run", "check AWS_ENDPOINT_URL")])
-def test_what_a_store_refuses_is_one_line_that_names_the_path_and_what_to_do(login, monkeypatch, user, variables, path, said):
+def test_what_a_store_refuses_is_one_line_that_names_the_path_and_what_to_do(login, monkeypatch, user, variables, path,
+                                                                             said):
     login(user, **variables)
     monkeypatch.setattr(s3._store(), "retries", 1)
     uses = storage.names_in, storage.make_folder, lambda path: storage.write_bytes(f"{path}/a", b"")

@@ -15,12 +15,17 @@ from helpers.processes import PATIENCE, SAMPLE, TRAIN, end, read_until, training
 from guided_diffusion import checkpoint
 
 STEPS = 8
-# as scripts/segmentation_train.py, but it waits behind step 4, so that it is not done before it is killed
+# as scripts/segmentation_train.py, but it goes no further than step 5
 WAITING = """
 import runpy, sys, time
 from guided_diffusion.train_util import TrainLoop
 step = TrainLoop.run_step
-TrainLoop.run_step = lambda loop, *args: (time.sleep(300 * (loop.step >= 5)), step(loop, *args))[1]
+def waiting(loop, *args):
+    while loop.step == 5:
+        time.sleep(0.2)
+        [callback.saver.poll() for callback in loop.callbacks if hasattr(callback, "saver")]
+    return step(loop, *args)
+TrainLoop.run_step = waiting
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
