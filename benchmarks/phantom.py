@@ -50,7 +50,10 @@ def flags_of(preset, **changes):
     """The flags of a preset, for the central part of phantoms, with these changes: {"--name": value}."""
     words = PRESETS[preset].split()
     changes = {"image_size": CROP, "fit": "crop", **changes}
-    return dict(zip(words[::2], words[1::2])) | {f"--{name}": str(value) for name, value in changes.items()}
+    flags = dict(zip(words[::2], words[1::2])) | {f"--{name}": str(value) for name, value in changes.items()}
+    if changes.get("kl_weight") == 0:
+        del flags["--num_filters"]  # of AMN and ACN, which there are none of then
+    return flags
 
 
 # method: (flags of training, the steps that one core of an AMD EPYC with AVX-512 bf16 takes in a minute)

@@ -64,6 +64,12 @@ def test_phantom_benchmark_reports_every_row_and_the_same_again(benchmark, tmp_p
     assert benchmark("phantom.py", "--methods", "emergy").code == 2
 
 
+def test_training_takes_the_flags_of_every_method_of_the_phantom_benchmark(benchmark):
+    for flags, _ in importlib.import_module("phantom").METHODS.values():
+        args, _ = cli.parse_flags("training", "", [word for flag in flags.items() for word in flag])
+        assert args.image_size == importlib.import_module("phantom").CROP
+
+
 def test_truth_scores_tell_the_oracle_from_samplers_that_are_wrong_on_purpose():
     rows = {"oracle": [], "most likely": [], "mean": []}
     for i in range(40):
