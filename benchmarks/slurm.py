@@ -5,10 +5,10 @@
 
 slurmctld and a slurmd run on one of the hosts of benchmarks/hosts.py, another slurmd on a second one; munged, which
 both reach by a socket on the disk, on this machine itself. Nodes claim 32 CPUs and four GPUs each, as the recipe asks
-for them. scripts/launch/slurm.sbatch is given to sbatch as it is, with a time limit of two minutes and one task a node. It
-trains, is signalled before the limit, saves, queues itself again, goes on, and must end with the weights, averages and
-optimiser of two local processes that nobody disturbed, to the bit. Before it, SLURM's own variables are contradicted,
-which must be refused.
+for them. scripts/launch/slurm.sbatch is given to sbatch as it is, with a time limit of two minutes and one task a node.
+It trains, is signalled before the limit, saves, queues itself again, goes on, and must end with the weights, averages
+and optimiser of two local processes that nobody disturbed, to the bit. Before it, SLURM's own variables are
+contradicted, which must be refused.
 
 Until the job is queued again each step of it takes a second, so that it cannot be done before. Needs root. Exit code 1
 if anything was wrong, 77 where there can be no hosts or SLURM is not installed.
@@ -30,7 +30,7 @@ from hosts import Wrong, read, same_weights, wait_until
 from guided_diffusion import checkpoint
 from guided_diffusion.data import phantoms
 
-STEPS = 200  # more than fit into the time limit, at a second each
+STEPS = 100  # more than fit into the time limit, at a second each
 GPUS = "null", "zero", "full", "random"  # devices that stand for them, which nobody opens
 CONF = """ClusterName=test
 SlurmctldHost=host1
@@ -134,13 +134,14 @@ def job(root, cluster):
     print(f"signalled, saved at step {saved} and queued again after {time.monotonic() - begin:.0f} seconds", flush=True)
     wait_until(lambda: state("JobState=COMPLETED") or state("JobState=FAILED"), "the end", 600)
     text = read(out)
-    if not state("JobState=COMPLETED") or not state("Restarts=1"):
+    restarts = text.count("is queued again")  # more than one where the machine is slow
+    if not state("JobState=COMPLETED") or not state(f"Restarts={restarts}"):
         raise Wrong(text[-2000:])
     if f"resumed at step {saved}" not in text or "2 process(es)" not in text or "Traceback" in text:
         raise Wrong(text)
     same_weights(folder / "results", root / "reference", STEPS)
-    return (f"saved at step {saved}, queued again, went on from there to step {STEPS}; as two undisturbed local"
-            f" processes, to the bit ({time.monotonic() - begin:.0f} seconds)")
+    return (f"saved at step {saved}, queued again {restarts} time(s), went on to step {STEPS}; as two"
+            f" undisturbed local processes, to the bit ({time.monotonic() - begin:.0f} seconds)")
 
 
 def contradictions(root, cluster):
