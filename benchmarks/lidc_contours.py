@@ -121,11 +121,12 @@ def compare(scan, counts):
         assert of.keys() == mark.lesions.keys()
         for place, outlines in of.items():
             counts["outlines"] += len(outlines)
-            for _, points in outlines:
+            for inclusion, points in outlines:
                 counts["outlines with gaps"] += np.abs(np.diff([*points, points[0]], axis=0)).max() > 1
                 counts["outlines that are open"] += points[0] != points[-1]
                 inside = {*map(tuple, interior(closed(points)).tolist())}
                 counts["outlines that enclose nothing"] += not inside
+                counts["of them, inclusions"] += inclusion and not inside
                 counts["outlines that the even-odd rule fills otherwise"] += inside != even_odd(points)
             counts["masks (of a mark on a slice)"] += 1
             counts["masks that are empty"] += not len(mark.lesions[place])

@@ -121,8 +121,6 @@ _COMMON = [
     Flag("pattern", str, "{case}_output{i}.png", "where in samples_dir the masks of a case are: {case} is the name of"
          " its folder, {i} counts its masks, as in {case}/mask_{i}.png", "evaluation"),
     Flag("skip_missing", bool, False, "score the cases that have masks only, rather than refuse", "evaluation"),
-    Flag("volumes", bool, False, "also score whole volumes, member i of a slice on member i of the next; NIfTI, DICOM"
-         " and manifest.csv say which cases are slices of one volume", "evaluation"),
     Flag("output_dir", str, "", "folder for scores.csv, .json, .png, best.png and worst.png (default: samples_dir)",
          "evaluation"),
 
@@ -139,6 +137,8 @@ _COMMON = [
     Flag("patient_pattern", str, PATIENT_PATTERN, "regular expression for the patient in the name of a case; intervals"
          " resample patients. By default they are those of manifest.csv, else all up to the end of the first number",
          "scoring"),
+    Flag("volumes", bool, False, "also score whole volumes, member i of a slice on member i of the next; NIfTI, DICOM"
+         " and manifest.csv say which cases are slices of one volume", "scoring"),
 
     Flag("foreground", str, "", "values of label maps that are foreground, as in 1,2,4 (default: of pictures what is"
          " above half of full scale; of NIfTI, DICOM and .npy what is above 0)", "reading"),

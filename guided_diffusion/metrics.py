@@ -332,8 +332,9 @@ def truth_scores(predictions: Masks, outlines: Masks, probabilities: np.ndarray 
         excess_GED: GED between P and the truth less that of an oracle that draws from the truth, both without bias
             (no mask is compared with itself), so for n from 2 up 0 in expectation if and only if P comes from the
             truth; see Agreement.ged. That of the oracle is 0 in expectation, so nothing is left to subtract.
-        total_variation: between the share of members nearest (by IoU; the first of several) to each outline and the
-            probabilities, in [0, 1].
+        excess_GED_nearest: the same after each member is replaced by its nearest outline (by IoU, the first of
+            several): what is left if only the frequencies of outlines are wrong.
+        total_variation: between the share of members nearest to each outline and the probabilities, in [0, 1].
             Members with IoU below 0.5 with every outline are draws of something else. With few members it is above 0
             by chance: compare it with that of as many draws from the truth.
         ECE: expected calibration error of the mean of P against the true probability of each pixel.
@@ -341,13 +342,16 @@ def truth_scores(predictions: Masks, outlines: Masks, probabilities: np.ndarray 
     agreement = Agreement(predictions, outlines)
     probabilities = torch.as_tensor(probabilities, dtype=torch.float64, device=agreement.area.device)
     within_p, across, within_y = agreement.distances()
-    excess = 2 * (across @ probabilities).mean() - _pair_mean(within_p, diagonal=False) \
-        - probabilities @ within_y @ probabilities
-
     distance, nearest = across.min(-1)
+
+    def excess(within, across):
+        return (2 * (across @ probabilities).mean() - _pair_mean(within, diagonal=False)
+                - probabilities @ within_y @ probabilities).item()
+
     drawn = torch.bincount(nearest[distance <= 0.5], minlength=agreement.m).double() / agreement.n
     other = 1 - drawn.sum()
-    return {"excess_GED": excess.item(),
+    return {"excess_GED": excess(within_p, across),
+            "excess_GED_nearest": excess(within_y[nearest][:, nearest], within_y[nearest]),
             "total_variation": (((drawn - probabilities).abs().sum() + other) / 2).item(),
             "ECE": calibration_error(truth_calibration(predictions, outlines, probabilities)).item()}
 

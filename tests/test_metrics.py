@@ -109,15 +109,19 @@ def by_definition(p, y):
 
 def truth_by_definition(p, outlines, probabilities):
     n, known = len(p), list(zip(outlines, probabilities))
-    excess = (2 * sum(q * (1 - compare(a, y)[0]) for a in p for y, q in known) / n
-              - mean_distance(p, p, diagonal=False)
-              - sum(q * r * (1 - compare(y, z)[0]) for y, q in known for z, r in known))
-    drawn = [0] * (len(outlines) + 1)  # the last: something else
+
+    def excess(p):
+        return (2 * sum(q * (1 - compare(a, y)[0]) for a in p for y, q in known) / n
+                - mean_distance(p, p, diagonal=False)
+                - sum(q * r * (1 - compare(y, z)[0]) for y, q in known for z, r in known))
+
+    drawn, nearest = [0] * (len(outlines) + 1), []  # the last: something else
     for a in p:
         iou = [compare(a, y)[0] for y in outlines]
+        nearest.append(outlines[iou.index(max(iou))])
         drawn[iou.index(max(iou)) if max(iou) >= 0.5 else -1] += 1
     truth = [sum(q * pixel for q, pixel in zip(probabilities, column)) for column in zip(*map(np.ravel, outlines))]
-    return {"excess_GED": excess, "ECE": calibration_error(share(p), truth),
+    return {"excess_GED": excess(p), "excess_GED_nearest": excess(nearest), "ECE": calibration_error(share(p), truth),
             "total_variation": sum(abs(a / n - q) for a, q in zip(drawn, [*probabilities, 0])) / 2}, truth
 
 

@@ -268,8 +268,6 @@ def _settle_folders(args, given):
                          f" once, as in {program_name()} A B")
     if len(args.folders) > 2:
         raise InputError(f"{' '.join(args.folders)}: one folder is scored, or two are compared; name no more")
-    if len(args.folders) == 2 and args.volumes:
-        raise InputError("--volumes True: two folders are compared slice by slice; leave it away, or name one folder")
     if len(args.folders) == 1:
         args.samples_dir, = args.folders
 

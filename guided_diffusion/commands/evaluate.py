@@ -63,7 +63,7 @@ def score(args: SimpleNamespace, given: dict[str, Any]) -> None:
             volumes.add(case.name, evaluation.patient_of(case.name), *scored[1:])
 
     cases = [case for case in cases if case.name in members]
-    each_case(by_volume(cases, volumes.places) if volumes else [[case] for case in cases], read, add, args.samples_dir)
+    each_case(by_volume(cases, volumes.places if volumes else {}), read, add, args.samples_dir)
     evaluation.gather()
     if volumes:
         volumes.gather()
@@ -85,7 +85,8 @@ def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
         sizes = sizes_of(args, given, *found)
         independent = [folder.independent(members) for folder, members in zip(folders, found)]
         compared = comparison.Comparison(args.folders, independent, sizes, args.patient_pattern, dist_util.dev(),
-                                         vars(args), known_patients(both, given))
+                                         vars(args), known_patients(both, given),
+                                         places_of(both) if args.volumes else None)
         if args.output_dir:
             storage.make_folder(args.output_dir, "--output_dir")
 
@@ -94,7 +95,7 @@ def compare(args: SimpleNamespace, given: dict[str, Any]) -> None:
                                               for members in found)
         return raters, (first, second)
 
-    each_case([[case] for case in both], read, lambda case, scored: compared.add(case.name, *scored),
+    each_case(by_volume(both, compared.places), read, lambda case, scored: compared.add(case.name, *scored),
               " and ".join(args.folders))
     compared.gather()
     if dist_util.rank() == 0:

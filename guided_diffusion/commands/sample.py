@@ -38,6 +38,7 @@ from ..networks.tiles import tiles
 from ..sampling import ensembles, files, volumes
 from ..sampling.sharing import SharedCases
 from ..scoring.evaluation import Evaluation, parse_ensemble_sizes, report
+from ..scoring.volume_scores import VolumeScores, by_volume, places_of
 from ..script_util import autocast_dtype, create_method
 from ..system import storage
 from ..system.errors import InputError, raise_problems
@@ -80,15 +81,12 @@ def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespa
     one of the cases `drawn` is such in a bucket; each volume by one of all processes. Returns which have no geometry, a
     message each."""
     slices, problems = {}, []
-    for i, case in enumerate(cases.cases):
-        if case.volume and i not in cases.problems:
-            slices.setdefault(case.volume, []).append(i)
+    for i in range(len(cases)):
+        if i not in cases.problems and cases.volumes[i][1] in volumes.FORMATS:
+            slices.setdefault(cases.volumes[i], []).append(i)
 
     def is_complete(volume):
-        kind = cases.readers.name_of(cases.cases[slices[volume][0]].images[0])
-        if kind not in volumes.FORMATS:
-            return True
-        paths = [storage.join(folder, name) for name in volumes.names(volume, kind)]
+        paths = [storage.join(folder, name) for name in volumes.names(*volume)]
         if not all(map(storage.exists, paths)):
             return False
         if storage.is_remote(folder):
@@ -99,18 +97,18 @@ def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespa
     left = [volume for volume in slices if not is_complete(volume)]
     while left:
         for volume in [*left]:
-            if not shared.take_lease(volume):
+            if not shared.take_lease(volume[0]):
                 continue
             left.remove(volume)
             try:
                 if storage.is_remote(folder) or not is_complete(volume):
-                    volumes.write_volume(folder, volume, [
+                    volumes.write_volume(folder, volume[0], [
                         (cases.facts(i).info, volumes.read_masks(folder, cases.cases[i].name, args.num_ensemble))
                         for i in slices[volume]])
             except volumes.NoGeometry as error:
                 problems.append(str(error))
             finally:
-                shared.leases.give_back(shared.path(volume))
+                shared.leases.give_back(shared.path(volume[0]))
         if left:
             shared.wait()
             left = [volume for volume in left if not is_complete(volume)]
@@ -120,12 +118,12 @@ def write_volumes(cases: SegmentationCases, drawn: set[int], args: SimpleNamespa
 class Scores:
     """The scores of all cases, brought together by one of the processes that have drawn them.
 
-    :param find: find_masks of a case by its number.
+    :param volumes: for those of whole volumes, too. find: find_masks of a case by its number.
     """
 
-    def __init__(self, folder: str, cases: SegmentationCases, evaluation: Evaluation,
+    def __init__(self, folder: str, cases: SegmentationCases, evaluation: Evaluation, volumes: VolumeScores | None,
                  find: Callable[[int], bool | tuple[Case, np.ndarray]]):
-        self.folder, self.cases, self.evaluation, self.find = folder, cases, evaluation, find
+        self.folder, self.cases, self.evaluation, self.volumes, self.find = folder, cases, evaluation, volumes, find
         self.path = storage.join(folder, "scores.json")
         self.before = self._written()
 
@@ -164,11 +162,21 @@ class Scores:
         for name in self.evaluation.sort():
             case, masks = self.find(names[name])
             self.evaluation.show(*case, masks)
-        summary = self.evaluation.write(self.folder)
+        whole = self._of_volumes(names) if self.volumes else None
+        summary = self.evaluation.write(self.folder, whole)
         for name in names if complete else ():
             with contextlib.suppress(OSError):
                 storage.remove(files.kept_file(self.folder, name))
         return summary
+
+    def _of_volumes(self, names):
+        """Score the volumes of these cases, {name: number}, from the masks that are kept."""
+        for group in by_volume([self.cases.cases[i] for i in names.values()], self.volumes.places):
+            for name in [case.name for case in group if case.name in self.volumes.places]:
+                case, masks = self.find(names[name])
+                self.volumes.add(name, self.evaluation.patient_of(name), case.raters, masks)
+        self.volumes.finish()
+        return self.volumes.write(self.folder, self.evaluation.names)
 
 
 def what_is_where(args: SimpleNamespace, folder: str, done: str, formats: set[str]) -> str:
@@ -203,11 +211,13 @@ def main() -> None:
                                   need_labels=args.evaluate, limit=args.num_samples, progress=rank == 0, skip_bad=True,
                                   options=vars(args))
         refuse_unused(vars(args), cases.readers_used, args.data_dir)
+        formats = {kind for _, kind in cases.volumes}
         if not args.evaluate:
-            volumes.refuse_missing_packages(cases.readers_used)
+            volumes.refuse_missing_packages(formats)
         sizes = parse_ensemble_sizes(args.ensemble_sizes, args.num_ensemble, required="ensemble_sizes" in given)
         evaluation = Evaluation(sizes, args.seed, args.patient_pattern, dist_util.dev(), vars(args),
                                 method.independent, known_patients(cases.cases, given)) if args.evaluate else None
+        whole = VolumeScores(places_of(cases.cases), vars(args), dist_util.dev()) if args.volumes else None
     problems = shared_problems(cases)
     with dist_util.all_ranks_or_none():
         if len(problems) == len(cases):
@@ -220,7 +230,7 @@ def main() -> None:
     mine = [i for i in range(len(cases)) if i not in cases.problems][rank::world_size]
     look = partial(find_masks, cases, folder=folder, num_ensemble=args.num_ensemble, settings=settings,
                    kept=args.evaluate)
-    scores = Scores(folder, cases, evaluation, look) if evaluation else None
+    scores = Scores(folder, cases, evaluation, whole, look) if evaluation else None
     looked = progress(cases.readable(mine, look), "looking for masks", len(mine), "case", enabled=rank == 0,
                       leave=False)
     todo = sorted(sum(dist_util.all_gather_objects([i for i, found in looked if not found]), []))
@@ -307,7 +317,7 @@ def main() -> None:
         after = len(cases) - len(problems)
         scored = scores.write(shared, complete=not problems) if evaluation and after else None
         shared.clean(name for i, case in enumerate(cases.cases) if i not in cases.problems
-                     for name in filter(None, (case.name, case.volume)))
+                     for name in filter(None, (case.name, cases.volumes[i][0])))
 
     if rank > 0:  # one of each launch says what has become of it
         return
@@ -320,7 +330,7 @@ def main() -> None:
         if after:
             logger.log(report(scored, folder))
     elif after:
-        logger.log(what_is_where(args, folder, done, cases.readers_used))
+        logger.log(what_is_where(args, folder, done, formats))
     others = f"all other cases ({after}) are complete in {folder}"
     if len(problems) == 1:
         problems = [f"{problems[0]}; {others}"]

@@ -2,7 +2,8 @@
 
 Layout: one folder a case, `<data_dir>/.../<case>/image_<n>.jpg label0_.jpg label1_.jpg ...`. A file's kind is the part
 of its name before the first underscore; files that no reader takes are ignored. Several image files of a case are its
-channels, in the order of their names. Any number of raters from 1 up; cases may differ in it.
+channels, in the order of their names. Any number of raters from 1 up; cases may differ in it. In a file called
+labels_... each segment of a DICOM SEG file, or each channel of a volume, is a rater.
 
 Where the images are volumes, every slice is a case, <case>_000, <case>_001, ... A DICOM series beside labels, whatever
 its files are called, is the image of its folder. Volumes and DICOM series in folders without such names are cases
@@ -23,6 +24,7 @@ from . import masks, scaling
 from .mirror import local_folder
 from .readers.base import Readers
 
+SEVERAL = "labels"  # the kind of a NIfTI or DICOM file with the masks of several raters
 MAX_NAME_BYTES = 200  # of a case, so that the names of its results are none too long for a file system
 _UNSAFE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, bytes that are no UTF-8
 
@@ -33,7 +35,7 @@ class CaseFiles(NamedTuple):
     name: str
     folder: Path
     images: list[Path]  # one, or one a channel
-    labels: list[Path]  # one a rater
+    labels: list[Path]  # one a rater, or one of several raters
     volume: str = ""  # the name of the volume that it is a slice of; "" for a picture
     slice: int = 0  # its number there
     series: tuple[Path, ...] = ()  # the files of the volume in order, where each slice is a file of its own
@@ -134,9 +136,11 @@ def slices_of(case: CaseFiles, slices: int | None) -> list[CaseFiles]:
 def sort_files(name: str, folder: Path, paths: Iterable[Path], readers: Readers) -> CaseFiles:
     """The images and labels among the files of a case folder, in their order."""
     kinds = {path: _kind(path, readers) for path in paths if readers.name_of(path)}
-    labels = [path for path, kind in kinds.items() if re.fullmatch(r"label\d+", kind)]
+    labels = [path for path, kind in kinds.items() if re.fullmatch(r"label\d+", kind)
+              or path.name.lower().startswith(f"{SEVERAL}_") and readers.is_volume(path)]
     return CaseFiles(name, folder, sorted(path for path, kind in kinds.items() if kind == "image"),
-                     sorted(labels, key=lambda path: (int(kinds[path][5:]), path)))
+                     sorted(labels, key=lambda path: (kinds[path] == SEVERAL, int(kinds[path][5:].strip("s") or 0),
+                                                      path)))
 
 
 def _wrong_names(case):
@@ -168,13 +172,11 @@ def read_case(files: CaseFiles, need_labels: bool = True, readers: Readers | Non
                              f" {files.images[0].name}, are {_in_mm(scans[0].spacing)}; give all the same spacing")
     kinds = [_kind(path, readers) for path in files.labels]
     for kind, first, following, second in zip(kinds, files.labels, kinds[1:], files.labels[1:]):
-        if kind == following:
+        if kind == following != SEVERAL:
             raise InputError(f"{second}: is a second {kind} of its case, beside {first.name}; give every"
                              f" rater a number of their own")
     size = image.shape[1:]
-    raters = [_read_label(path, size, files, readers) for path in files.labels]
-    for path in files.labels:
-        check_place(path, readers.info(path, files.slice), files.images[0], scans[0].info)
+    raters = [mask for path in files.labels for mask in _read_label(path, size, files, scans[0].info, readers)]
     return CaseContents(image, np.array(raters, masks.DTYPE).reshape(len(raters), *size), scans[0].spacing,
                         {**scans[0].info, **({"volume": files.volume} if files.volume else {})})
 
@@ -231,10 +233,18 @@ def _join_channels(parts, paths):
     return np.concatenate(scaling.widen(parts))
 
 
-def _read_label(path, size, files, readers):
-    """[H, W] bool, of the size of its image."""
-    mask = readers.read_mask(path, files.slice)
-    if mask.shape != size:
-        raise InputError(f"{path}: is {mask.shape[1]} x {mask.shape[0]} pixels, but its image"
-                         f" {files.images[0].name} is {size[1]} x {size[0]}")
-    return mask
+def _read_label(path, size, files, info, readers):
+    """The masks [H, W] bool in a label, of the size of its image: one, or several in a file that is called so."""
+    several = _kind(path, readers) == SEVERAL
+    found = readers.read_segments(path, files.slice, files.images[0], files.series, each=several)
+    if found is None:
+        found = readers.read_channels(path, files.slice) if several else [readers.read_mask(path, files.slice)]
+        own = readers.info(path, files.slice)
+    else:
+        own = {}
+    for mask in found:
+        if mask.shape != size:
+            raise InputError(f"{path}: is {mask.shape[1]} x {mask.shape[0]} pixels, but its image"
+                             f" {files.images[0].name} is {size[1]} x {size[0]}")
+    check_place(path, own, files.images[0], info)
+    return found

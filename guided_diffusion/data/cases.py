@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from .. import dist_util
 from ..system.errors import InputError, raise_problems
 from ..system.terminal import progress
-from . import decoded_file, masks, scaling
+from . import decoded_file, manifest, masks, scaling
 from .case_files import check_complete, find_cases, read_case
 from .fitting import FITS, Fitting
 from .mirror import local_folder
@@ -122,13 +123,26 @@ class SegmentationCases:
                 yield i, result
 
     def facts(self, i: int) -> Facts:
-        """What the files of case i say beside its pixels, from its first image, which is read again.
+        """What the files of case i say beside its pixels, or else manifest.csv above it. Its first image is read again.
 
         :raises InputError: naming the file, if it cannot be read any more.
         """
         files = self.cases[i]
         scan = self.readers.read(files.images[0], files.slice, files.series)
-        return Facts(scan.spacing, {**scan.info, **({"volume": files.volume} if files.volume else {})})
+        info = {**scan.info, **({"volume": files.volume} if files.volume else {})}
+        return Facts(*manifest.with_place(scan.spacing, info, self._rows[i]))
+
+    @cached_property
+    def volumes(self) -> list[tuple[str, str]]:
+        """For each case, the name and format of the volume that it is a slice of, as its files say or else
+        manifest.csv; ("", "") for others."""
+        prepared = map(manifest.volume_of, self._rows)
+        return [(case.volume, self.readers.name_of(case.images[0])) if case.volume else
+                (volume, "nifti" if volume else "") for case, volume in zip(self.cases, prepared)]
+
+    @cached_property
+    def _rows(self):
+        return manifest.rows_in_order(self.cases)
 
     def compact(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Case i as it is kept: image [c, S, S] uint8 or uint16, c 1 or image_channels, and packed masks of its raters,

@@ -56,8 +56,8 @@ class Fitting(NamedTuple):
         if not self.changes:
             return image, raters
         if self.fit == "resize":
-            fitted = [masks.from_pixels(_resize(masks.to_pixels(mask), self.fitted)) for mask in raters]
-            return (np.stack([_resize(channel, self.fitted) for channel in image]),
+            fitted = [masks.from_pixels(resize(masks.to_pixels(mask), self.fitted)) for mask in raters]
+            return (np.stack([resize(channel, self.fitted) for channel in image]),
                     np.array(fitted, masks.DTYPE).reshape(len(raters), *self.fitted))
         rows, columns = self._places()
         scan = np.s_[:, rows[0]:rows[1], columns[0]:columns[1]]
@@ -76,7 +76,7 @@ class Fitting(NamedTuple):
         if self.fit == "resize" and samples.dtype == masks.DTYPE:
             return masks.to_masks(self.back(samples.astype(np.float32)))
         if self.fit == "resize":
-            return np.stack([_resize(sample, self.size) for sample in samples])
+            return np.stack([resize(sample, self.size) for sample in samples])
         (top, bottom, y), (left, right, x) = self._places()
         whole = np.zeros((len(samples), *self.size), samples.dtype)
         whole[:, top:bottom, left:right] = samples[:, top - y:bottom - y, left - x:right - x]
@@ -95,8 +95,8 @@ def fits_between(size: tuple[int, int], side: int) -> list[str]:
     return ["resize", *["crop"] * (min(size) >= side), "pad" if max(size) <= side else "tile"]
 
 
-def _resize(pixels, size):
-    """[H, W] -> [h, w], bilinear with antialiasing, same dtype."""
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[H, W] -> [h, w], `size`, bilinear with antialiasing, same dtype."""
     if pixels.dtype == np.uint8:
         return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
     picture = Image.fromarray(pixels.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR)

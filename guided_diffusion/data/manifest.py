@@ -12,6 +12,7 @@ from typing import Any
 from ..system import storage
 from ..system.errors import InputError
 from .case_files import CaseFiles
+from .readers import nifti
 
 FILE = "manifest.csv"
 COLUMNS = ("case", "part", "patient", "source", "series", "image_uid", "slice", "spacing", "window", "raters", "areas")
@@ -89,6 +90,25 @@ def place_of(row: Mapping[str, str]) -> dict[str, Any]:
         return {}
     return {"volume": row["volume"], "slice": int(row["slice"]),
             "slice_spacing": _positive(row.get("slice_spacing", ""))}
+
+
+def with_place(spacing: tuple[float, float] | None, info: Mapping[str, Any], row: Mapping[str, str]
+               ) -> tuple[tuple[float, float] | None, dict[str, Any]]:
+    """The spacing and info of a scan: what its files say, or else what a row says of its place, and of the volume that
+    it was prepared from, if that is still there.
+
+    :raises InputError: if the header of that volume cannot be read.
+    """
+    if spacing:
+        return spacing, dict(info)
+    of_file = nifti.place_of(Path(row["file"]), row["axis"])[1] if volume_of(row) else {}
+    return spacing_of(row), {**info, **of_file, **place_of(row)}
+
+
+def volume_of(row: Mapping[str, str]) -> str:
+    """The name of the NIfTI volume that a slice was prepared from, if its file is still there; "" for others."""
+    there = row.get("file") and row.get("axis") in nifti.SHOWN and place_of(row) and Path(row["file"]).is_file()
+    return row["volume"] if there else ""
 
 
 def _positive(text):

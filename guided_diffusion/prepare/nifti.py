@@ -171,7 +171,8 @@ class Nifti(Source):
             self.readers.forget()
         image, raters = (_slices(each, self.axis) for each in (image, raters))
         between, row, column = _of_axis((info["slice_spacing"], *(spacing or (None, None))), self.axis)
-        known = {"volume": unit.name, "axis": self.axis, "slice_spacing": between, "window": self.normalise}
+        known = {"volume": unit.name, "axis": self.axis, "slice_spacing": between, "window": self.normalise,
+                 "file": str((self.path / paths[0]).resolve())}
         digits = max(3, len(str(image.shape[1] - 1)))
         for i in self._wanted(raters.any((0, 2, 3))):
             picture, outlines = image[:, _neighbours(i, self.context, image.shape[1])], raters[:, i]

@@ -3,6 +3,7 @@
 import collections
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,8 @@ class Ensemble:
         """Write the files of segmentation_sample.py, see files.write_case, into a folder, which is made; for a NIfTI or
         DICOM scan of one slice also those of volumes.write_volume. Slices of a volume: see volumes.save_volumes.
 
+        A DICOM picture that does not say where it lies gets the pictures alone, with a warning.
+
         :param name: of the files, <name>_output0.png, ... (default: that of the ensemble).
         :raises InputError: if they cannot be written.
         """
@@ -101,7 +104,10 @@ class Ensemble:
         name = name or self.name
         write_case(folder, Case(name, self.image, self.raters), self.samples, self.masks, independent=self.independent)
         if self.info.get("format") in volumes.FORMATS and self.info["slices"] == 1:
-            volumes.write_volume(folder, name, [(self.info, self.masks)])
+            try:
+                volumes.write_volume(folder, name, [(self.info, self.masks)])
+            except volumes.NoGeometry as error:
+                warnings.warn(str(error), stacklevel=2)
 
 
 class Segmenter:
@@ -302,10 +308,8 @@ def _with_places(read):
     rows = iter(manifest.rows_in_order(files for *_, files in read if files))
     found = []
     for name, contents, files in read:
-        row = next(rows) if files else {}
-        if not contents.spacing:
-            contents = contents._replace(spacing=manifest.spacing_of(row), info=contents.info | manifest.place_of(row))
-        found.append((name, contents, files))
+        spacing, info = manifest.with_place(contents.spacing, contents.info, next(rows) if files else {})
+        found.append((name, contents._replace(spacing=spacing, info=info), files))
     return found
 
 

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.masks import from_pixels
-from ..data.readers.nifti import to_file_axes
+from ..data.fitting import resize
+from ..data.masks import from_pixels, to_pixels
+from ..data.readers.nifti import slice_size, to_file_axes
 from ..system import packages, storage
-from ..system.errors import InputError
+from ..system.errors import InputError, raise_problems
 from .files import writing
 
 FORMATS = {"nifti": ("nibabel",), "dicom": ("pydicom", "highdicom")}  # and the packages that writing takes
@@ -78,15 +79,20 @@ def write_volume(folder: storage.AnyPath, name: str, slices: Sequence[tuple[Info
 def save_volumes(folder: storage.AnyPath, ensembles: Iterable[Any]) -> None:
     """Write the files of all volumes whose slices are among these Ensembles, what Segmenter.sample returned.
 
-    :raises InputError: as write_volume.
+    :raises InputError: naming all volumes that have no geometry, once the others are written, and as write_volume.
     """
     storage.make_folder(folder, "folder")
     volumes = {}
     for ensemble in ensembles:
         if ensemble.info.get("format") in FORMATS:
             volumes.setdefault(ensemble.info["volume"], []).append((ensemble.info, ensemble.masks))
+    problems = []
     for name, slices in volumes.items():
-        write_volume(folder, name, slices)
+        try:
+            write_volume(folder, name, slices)
+        except NoGeometry as error:
+            problems.append(str(error))
+    raise_problems(problems, str(folder))
 
 
 def volume_interval(ensembles: Sequence[Any], level: float = 0.9) -> tuple[float, float, float]:
@@ -118,6 +124,13 @@ def read_masks(folder: storage.AnyPath, case_name: str, num_ensemble: int) -> np
     return np.stack([from_pixels(np.asarray(Image.open(io.BytesIO(data)))) for data in files])
 
 
+def _of_size(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Masks [n, h, w] bool of a slice that was prepared at another spacing -> [n, H, W] of its volume."""
+    if masks.shape[1:] == size:
+        return masks
+    return np.stack([from_pixels(resize(mask, size)) for mask in to_pixels(masks)])
+
+
 def _stacked(slices: Sequence[tuple[Info, np.ndarray]], depth: int) -> np.ndarray:
     """Masks of slices as one array [D, H, W, n] uint8 in the order of the volume; slices without any are empty."""
     n, height, width = slices[0][1].shape
@@ -134,6 +147,7 @@ def _nifti_files(slices):
     nibabel = packages.require("nibabel", "writing masks of NIfTI scans")
     info = slices[0][0]
     source = nibabel.load(info["path"])
+    slices = [(each, _of_size(masks, slice_size(info))) for each, masks in slices]
     members = to_file_axes(_stacked(slices, info["slices"]), info)  # [I, J, K, n]
     probability = members.mean(-1, dtype=np.float32)
     spread = members.std(-1, dtype=np.float32)

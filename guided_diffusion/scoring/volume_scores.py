@@ -53,11 +53,11 @@ class VolumeScores:
             return
         volume, number = self.places[name]
         if volume != self._volume:
-            self._finish()
+            self._score()
         self._volume, self._patient = volume, patient
         self._slices.append((number, [(each.shape, masks.pack(each)) for each in (predictions, raters)]))
 
-    def _finish(self):
+    def _score(self):
         """Score the volume whose slices are all there."""
         if not self._slices:
             return
@@ -71,9 +71,15 @@ class VolumeScores:
             self.rows.append(ScoredVolume(self._volume, self._patient, len(slices), len(y), len(p), scores))
         self._slices = []
 
+    def finish(self) -> None:
+        """Score the last volume, and bring the volumes into the order of names."""
+        self._score()
+        self.rows.sort()
+        self.left_out.sort()
+
     def gather(self) -> None:
         """Score the last volume, and bring together what all ranks scored, in the order of names."""
-        self._finish()
+        self._score()
         parts = dist_util.all_gather_objects(([tuple(row) for row in self.rows], self.left_out))
         self.rows = sorted(ScoredVolume(*row) for rows, _ in parts for row in rows)
         self.left_out = sorted(name for _, names in parts for name in names)

@@ -23,7 +23,7 @@ FILES = ["best.png", "report.html", "scores.csv", "scores.json", "scores.png", "
 
 def predict(data, folder, members=4, pattern="{case}_output{i}.png"):
     """Masks for every case of a data folder: the first rater's, moved about."""
-    for case in sorted(data.iterdir()):
+    for case in sorted(path for path in data.iterdir() if path.is_dir()):
         mask = np.asarray(Image.open(case / "label0_.png"))
         for i in range(members):
             save(folder / pattern.format(case=case.name, i=i), np.roll(mask, (i, -i), (0, 1)))
@@ -102,8 +102,6 @@ def test_whole_volumes_are_scored_beside_their_slices_where_asked(run, evaluate,
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["volumes"]["left_out"] == ["False"]
     assert sorted(tree(tmp_path / "scores")) == sorted([*FILES, "scores_volumes.csv"])
     assert evaluate().code == 0 and sorted(tree(tmp_path / "scores")) == FILES  # none of earlier scores is left
-    assert "--volumes True: two folders" in run(SCRIPT.name, "masks", "masks", "--data_dir", data, "--volumes",
-                                                "True").err
 
 
 def test_sampling_and_scoring_give_what_sampling_with_scores_gives(run, evaluate, undrawn, data, trained, tmp_path):
@@ -125,6 +123,29 @@ def test_sampling_and_scoring_give_what_sampling_with_scores_gives(run, evaluate
     again = run("segmentation_sample.py", *flags, "--results_dir", "masks", "--evaluate", "True")
     assert "0 of them already complete" in again.out  # masks that are there may be another model's
     assert (tmp_path / "masks" / "scores.csv").read_bytes() == (tmp_path / "scores" / "scores.csv").read_bytes()
+
+
+def stacked(folder):
+    """Make the cases of a folder, of as many raters each, slices of one volume and one of another."""
+    names = sorted(case.name for case in folder.iterdir())
+    manifest.write(folder / manifest.FILE, [
+        {"case": name, "part": "", "patient": f"p{i // 2}", "volume": f"v{i // 2}", "slice": i}
+        for i, name in enumerate(names)])
+    return folder
+
+
+def test_sampling_scores_whole_volumes_as_scoring_does(run, undrawn, make_cases, trained, tmp_path):
+    data = stacked(make_cases(tmp_path / "scans", count=3))
+    flags = ["--data_dir", data, "--model_path", trained / "savedmodel.pt", "--num_ensemble", 2,
+             "--timestep_respacing", 2]
+    assert run("segmentation_sample.py", *flags, "--results_dir", "masks").code == 0
+    assert run(SCRIPT.name, "masks", "--data_dir", data, "--output_dir", "scores", "--volumes", "True").code == 0
+    result = run("segmentation_sample.py", *flags, "--results_dir", "direct", "--evaluate", "True", "--volumes", "True")
+    assert result.code == 0 and "| whole volumes: 2 " in result.out
+    assert tree(tmp_path / "direct") == tree(tmp_path / "scores") and "v1" in (
+        tmp_path / "direct" / "scores_volumes.csv").read_text()
+    refused = run("segmentation_sample.py", *flags, "--results_dir", "masks", "--volumes", "True")
+    assert refused.code == 2 and "--volumes: for scores only" in refused.err
 
 
 def test_sampling_with_scores_needs_raters_before_it_draws_anything(run, make_cases, trained, tmp_path):
@@ -198,6 +219,21 @@ def test_two_folders_are_compared_case_by_case(run, data, tmp_path):
         "mean": np.mean(differences), "low": min(differences), "high": max(differences)})
     before = tree(tmp_path)
     assert run(SCRIPT.name, "--data_dir", data, "b", "a").code == 0 and tree(tmp_path) == before
+
+
+def test_whole_volumes_of_two_folders_are_compared(run, make_cases, tmp_path):
+    data = stacked(make_cases(tmp_path / "scans", count=4))
+    for folder, members in (("a", 3), ("b", 2)):
+        predict(data, tmp_path / folder, members)
+        assert run(SCRIPT.name, folder, "--data_dir", data, "--volumes", "True").code == 0
+    result = run(SCRIPT.name, "a", "b", "--data_dir", data, "--output_dir", "out", "--volumes", "True")
+    assert result.code == 0 and "| whole volumes: 2 " in result.out, result.err
+    whole = json.loads((tmp_path / "out" / "comparison.json").read_text())["volumes"]
+    assert whole["volumes"] == 2 and whole["left_out"] == []
+    alone = [json.loads((tmp_path / folder / "scores.json").read_text())["volumes"]["scores"] for folder in "ab"]
+    for name, score in whole["scores"].items():
+        assert (score["A"], score["B"]) == (alone[0][name], alone[1][name])
+        assert score["A less B"]["mean"] == pytest.approx(alone[0][name]["mean"] - alone[1][name]["mean"])
 
 
 def test_folders_that_cannot_be_compared_are_refused(run, data, tmp_path):

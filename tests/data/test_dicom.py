@@ -11,6 +11,7 @@ from guided_diffusion import Segmenter
 from guided_diffusion.data.case_files import find_cases, read_case
 from guided_diffusion.data.cases import SegmentationCases
 from guided_diffusion.data.readers.base import Readers
+from guided_diffusion.system.errors import InputError
 
 pydicom = pytest.importorskip("pydicom")
 HU = np.random.default_rng(0).integers(-1024, 500, (4, 16, 20)).astype(np.int16)
@@ -158,6 +159,36 @@ def test_the_examples_of_pydicom_are_read():
     for name, words in (("MR_truncated.dcm", "cannot be read"), ("no_meta.dcm", "is no DICOM file"),
                         ("SC_rgb_jpeg_gdcm.dcm", "is compressed (JPEG Lossless"), ("rtplan.dcm", "holds no picture")):
         assert words in refusal(readers.read, folder / name) or name == "SC_rgb_jpeg_gdcm.dcm"
+
+
+def test_every_example_of_pydicom_is_read_passed_over_or_refused_in_one_line():
+    folder, readers = Path(pydicom.__file__).parent / "data" / "test_files", Readers()
+    files = [path for path in sorted(folder.rglob("*")) if readers.name_of(path) == "dicom"]
+    if len(files) < 100:
+        pytest.skip("pydicom is installed without its examples")
+    read = 0
+    for path in files:
+        for stack in readers.stacks([path])[:1]:
+            try:
+                pixels = readers.read(path).pixels
+                read += pixels.ndim == 3 and pixels.size > 0
+            except InputError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+    assert read >= 80
+
+
+def test_without_a_decoder_what_brings_it_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
+    example = Path(pydicom.__file__).parent / "data" / "test_files" / "693_J2KI.dcm"
+    if not example.exists():
+        pytest.skip("pydicom is installed without its examples")
+    (tmp_path / "a.dcm").write_bytes(example.read_bytes())
+    save(tmp_path / "b.dcm", (HU[0] + 1024).astype(np.uint16))
+    monkeypatch.setattr(pydicom.pixels.decoders.JPEG2000LosslessDecoder, "_available", {})
+    monkeypatch.setattr(pydicom.pixels.decoders.JPEG2000Decoder, "_available", {})
+    cases = SegmentationCases(tmp_path, 16, 1, "resize", need_labels=False, skip_bad=True)
+    assert [case.name for _, case in cases.readable([1])] == ["b"]
+    message, = cases.problems.values()
+    assert message.startswith(f"{tmp_path / 'a.dcm'}: is compressed (JPEG 2000") and "pip install pylibjpeg" in message
 
 
 def test_labels_beside_a_series_are_volumes_on_its_grid(tmp_path):

@@ -118,10 +118,10 @@ def test_a_label_map_in_a_picture_is_cut_at_its_values(tmp_path):
         assert "--foreground 4" in refusal(Readers().read_mask, tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.tif", "a.gif", "a.npy"])
+@pytest.mark.parametrize("name", ["a.tif", "a.gif", "a.npy", "a.bmp", "a.webp", "a.jpg", "a.png"])
 def test_cut_off_files_are_named_in_one_line(tmp_path, name):
     path, pixels = tmp_path / name, RNG.integers(0, 256, (40, 40), np.uint8)
-    np.save(path, pixels) if name == "a.npy" else Image.fromarray(pixels).save(path)
+    np.save(path, pixels) if name == "a.npy" else Image.fromarray(pixels).save(path, quality=95)
     whole = path.read_bytes()
     for length in (0, 3, 20, len(whole) // 2, len(whole) - 200):
         path.write_bytes(whole[:length])

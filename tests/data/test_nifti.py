@@ -92,6 +92,16 @@ def test_rater_volumes_of_another_shape_or_place_are_refused(tmp_path):
         assert words in message and str(path) in message
 
 
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_volumes_that_are_cut_off_are_named_in_one_line(tmp_path, name):
+    path = save(tmp_path / name, np.random.default_rng(0).integers(0, 256, (9, 16, 16)).astype(np.uint8))
+    whole = path.read_bytes()
+    for length in (0, 100, 400, len(whole) // 2, len(whole) - 20):
+        path.write_bytes(whole[:length])
+        message = refusal(SegmentationCases, tmp_path, 16, need_labels=False)
+        assert str(path) in message and "\n" not in message
+
+
 def test_what_cannot_be_read_is_named_once_however_many_its_slices(tmp_path):
     path = save(tmp_path / "bad.nii.gz", np.random.default_rng(0).integers(0, 256, (9, 64, 64)).astype(np.uint8))
     save(tmp_path / "good.nii.gz", SCAN)

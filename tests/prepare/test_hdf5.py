@@ -79,6 +79,16 @@ def test_pixels_that_lie_in_other_files_are_refused(tmp_path, how):
     assert "lies in another file" in refusal(prepare, Job("hdf5", tmp_path / "data.hdf5", {}), tmp_path / "out")
 
 
+def test_a_file_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "data.hdf5"
+    write(path, {"train": [1, 1, 2, 2]})
+    whole = path.read_bytes()
+    for length in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        message = refusal(prepare, Job("hdf5", path, {}), tmp_path / "out")
+        assert str(path) in message and "\n" not in message
+
+
 def test_what_is_wrong_is_named(tmp_path):
     path = tmp_path / "data.hdf5"
     path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(90))

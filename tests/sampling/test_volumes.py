@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from helpers.dicom import write_series
 from helpers.files import save
 from helpers.refusals import refusal
 
 from guided_diffusion.data import manifest
 from guided_diffusion.data.cases import SegmentationCases
+from guided_diffusion.prepare import SOURCES
+from guided_diffusion.prepare.runner import Job, prepare
 from guided_diffusion.sampling import volumes
 from guided_diffusion.sampling.segmenter import Segmenter
 
@@ -27,33 +30,6 @@ def write_nifti(path, shape, affine, codes=(1, 4), seed=0):
     image.header["descrip"] = b"Jane Doe"
     path.parent.mkdir(parents=True, exist_ok=True)
     image.to_filename(path)
-    return marked
-
-
-def write_dicom(folder, slices=4, shape=(20, 16)):
-    """A CT series whose files are not in the order of its slices; returns where each is bright, {UID: [H, W]}."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng, series, marked = np.random.default_rng(0), pydicom.uid.generate_uid(), {}
-    study, frame = pydicom.uid.generate_uid(), pydicom.uid.generate_uid()
-    for number, i in enumerate(rng.permutation(slices)):
-        data, uid = pydicom.Dataset(), pydicom.uid.generate_uid()
-        data.file_meta = pydicom.dataset.FileMetaDataset()
-        data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = pydicom.uid.CTImageStorage
-        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = uid
-        data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = series, study, frame
-        data.Modality, data.PatientID, data.PatientName, data.PatientSex, data.PatientBirthDate = "CT", "7", "", "", ""
-        data.StudyDate = data.StudyTime = data.AccessionNumber = data.StudyID = data.ReferringPhysicianName = ""
-        data.SeriesNumber, data.InstanceNumber = 3, int(i) + 1
-        data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, float(2 * i)], [1, 0, 0, 0, 1, 0]
-        data.PixelSpacing, data.SliceThickness = [0.5, 0.7], 2
-        data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 1
-        data.BitsAllocated = data.BitsStored = 16
-        data.HighBit, data.RescaleSlope, data.RescaleIntercept = 15, 1, -1000
-        data.Rows, data.Columns = shape
-        marked[uid] = rng.random(shape) < 0.5
-        data.PixelData = (marked[uid] * 1400).astype(np.int16).tobytes()
-        data.save_as(folder / f"{number}.dcm", enforce_file_format=True)
     return marked
 
 
@@ -98,7 +74,7 @@ def frames_of(seg):
 
 
 def test_dicom_seg_objects_have_the_masks_of_each_slice_of_the_series(tmp_path):
-    marked = write_dicom(tmp_path / "scan")
+    marked = write_series(tmp_path / "scan")
     cases = SegmentationCases(tmp_path / "scan", 20, 1, "pad", need_labels=False)
     slices = []
     for info, masks in bright(cases, range(3)):  # the last slice is not drawn
@@ -126,7 +102,7 @@ def test_dicom_seg_objects_have_the_masks_of_each_slice_of_the_series(tmp_path):
 
 def test_sampling_writes_volumes_once_and_again_when_a_slice_is_drawn(run, trained, tmp_path):
     write_nifti(tmp_path / "d" / "brain.nii.gz", (20, 18, 2), AFFINES["as shown"])
-    write_dicom(tmp_path / "d" / "chest", slices=2)
+    write_series(tmp_path / "d" / "chest", slices=2)
 
     def sample():
         result = run("segmentation_sample.py", "--data_dir", "d", "--model_path", trained / "savedmodel.pt", "--fit",
@@ -161,6 +137,40 @@ def test_the_python_door_gives_the_same_geometry(trained, tmp_path):
         [0.7 * 0.8 * 2.5 / 1000 * each for each in (voxels.min(), np.median(voxels), voxels.max())])
 
 
+def changed(path, *names):
+    """A DICOM file without some of its elements."""
+    data = pydicom.dcmread(path)
+    for name in names:
+        delattr(data, name)
+    data.save_as(path)
+    return path
+
+
+def test_masks_of_a_dicom_picture_without_a_place_refer_to_it_alone(trained, tmp_path):
+    write_series(tmp_path, slices=1, shape=(16, 16))
+    path = changed(tmp_path / "0.dcm", "ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID")
+    ensemble = Segmenter.load(trained, device="cpu").sample(path, 2, 2)
+    ensemble.masks[:] = np.random.default_rng(0).random((2, 16, 16)) < 0.5
+    ensemble.save(tmp_path / "out")
+    seg = pydicom.dcmread(tmp_path / "out" / "0_members.dcm")
+    assert np.array_equal(seg.pixel_array[:2] > 0, ensemble.masks)
+    assert "PlanePositionSequence" not in seg.PerFrameFunctionalGroupsSequence[0]
+    assert {uid for _, uid in frames_of(seg)} == {ensemble.info["sop_uid"]}
+
+
+def test_a_picture_that_dicom_seg_cannot_refer_to_is_saved_with_a_warning_and_the_others_are_written(trained, tmp_path):
+    write_series(tmp_path / "a", slices=1, shape=(16, 16))
+    write_series(tmp_path / "b", slices=2, shape=(16, 16))
+    path = changed(tmp_path / "a" / "0.dcm", "StudyInstanceUID")
+    segmenter = Segmenter.load(trained, device="cpu")
+    ensemble, series = segmenter.sample(path, 2, 2), segmenter.sample(tmp_path / "b", 2, 2)
+    with pytest.warns(UserWarning, match="0.dcm: masks cannot be written in its format"):
+        ensemble.save(tmp_path / "out")
+    assert {"0_output0.png", "0_output1.png", "0_montage.png"} < {each.name for each in (tmp_path / "out").iterdir()}
+    assert "0.dcm: masks cannot be written" in refusal(volumes.save_volumes, tmp_path / "all", [ensemble, *series])
+    assert sorted(each.name for each in (tmp_path / "all").iterdir()) == ["b_members.dcm", "b_probability.dcm"]
+
+
 def test_prepared_slices_have_the_geometry_of_the_manifest(trained, tmp_path):
     rng, sizes = np.random.default_rng(0), ("0.5 2", "0.5 2", "", "x 1")
     for i in range(4):
@@ -172,6 +182,8 @@ def test_prepared_slices_have_the_geometry_of_the_manifest(trained, tmp_path):
     ensembles = Segmenter.load(trained, device="cpu").sample(paths, 3, 2)
     assert [each.spacing for each in ensembles] == [(0.5, 2), (0.5, 2), None, None]
     assert ensembles[1].info["slice"] == 1
+    cases = SegmentationCases(tmp_path / "data" / "train", 16, need_labels=False)
+    assert [cases.facts(i) for i in range(4)] == [(each.spacing, each.info) for each in ensembles]
     areas = ensembles[0].masks.sum((1, 2)) + ensembles[1].masks.sum((1, 2))
     assert volumes.volume_interval(ensembles[:2])[1] == pytest.approx(np.median(areas) * 3 / 1000)
     for wrong, words in ((ensembles, "p_2: the distance"), ([], "not of the slices of one volume")):
@@ -179,6 +191,40 @@ def test_prepared_slices_have_the_geometry_of_the_manifest(trained, tmp_path):
             volumes.volume_interval(wrong)
     with pytest.raises(ValueError, match="level is 90"):
         volumes.volume_interval(ensembles[:2], 90)
+
+
+@pytest.mark.parametrize("axis, spacing", [("axial", 0), ("coronal", 0), ("sagittal", 0), ("axial", 0.5)])
+def test_masks_of_prepared_slices_come_back_into_their_volume(tmp_path, axis, spacing):
+    shape = 22, 14, 18
+    write_nifti(tmp_path / "in" / "p.nii.gz", shape, AFFINES["turned"])
+    marked = np.linalg.norm(np.indices(shape) - np.array([12, 6, 9])[:, None, None, None], axis=0) < 5
+    image = nibabel.Nifti1Image(marked.astype(np.uint8), AFFINES["turned"])
+    image.to_filename(tmp_path / "in" / "p_mask1.nii.gz")
+    flags = {flag.name: flag.default for flag in SOURCES.entries["nifti"].flags}
+    prepare(Job("nifti", tmp_path / "in", {**flags, "axis": axis, "spacing": spacing}), tmp_path / "out")
+    cases = SegmentationCases(tmp_path / "out", 128, 1, "pad")
+    assert {*cases.volumes} == {("p", "nifti")}
+    volumes.write_volume(tmp_path, "p", [(cases.facts(i).info, cases.whole(i).raters) for i in range(len(cases))])
+    written = nibabel.load(tmp_path / "p_ensemble.nii.gz")
+    assert written.shape == (*shape, 1) and np.allclose(written.affine, AFFINES["turned"], atol=1e-6)
+    found = np.asarray(written.dataobj)[..., 0] > 0
+    assert np.array_equal(found, marked) if not spacing else (found & marked).sum() > 0.9 * (found | marked).sum()
+    (tmp_path / "in" / "p.nii.gz").unlink()
+    gone = SegmentationCases(tmp_path / "out", 128, 1, "pad")
+    assert gone.volumes[0] == ("", "") and "format" not in gone.facts(0).info
+
+
+def test_sampling_puts_prepared_slices_into_their_volume(run, trained, tmp_path):
+    write_nifti(tmp_path / "in" / "p.nii.gz", (16, 16, 2), AFFINES["as shown"])
+    write_nifti(tmp_path / "in" / "p_mask1.nii.gz", (16, 16, 2), AFFINES["as shown"])
+    flags = {flag.name: flag.default for flag in SOURCES.entries["nifti"].flags}
+    prepare(Job("nifti", tmp_path / "in", flags), tmp_path / "out")
+    result = run("segmentation_sample.py", "--data_dir", "out", "--model_path", trained / "savedmodel.pt",
+                 "--num_ensemble", 2, "--sampler", "best", "--sampling_steps", 2)
+    assert result.code == 0 and "in the nifti scan's geometry" in result.out, result.err
+    members = np.asarray(nibabel.load(tmp_path / "results" / "p_ensemble.nii.gz").dataobj)
+    drawn = volumes.read_masks(tmp_path / "results", "p_001", 2)
+    assert members.shape == (16, 16, 2, 2) and np.array_equal(members[:, :, 1, 1].T > 0, drawn[1])
 
 
 def test_a_missing_package_is_named_before_anything_is_drawn(monkeypatch):

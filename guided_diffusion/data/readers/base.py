@@ -16,6 +16,7 @@ from .. import masks, scaling
 from ..intensities import Normalise, parse_foreground
 from . import READERS
 
+KEPT_SEGMENTS = 32  # labels with segments that are kept in memory
 VOLUME_BYTES = 1 << 30  # volumes are kept in memory up to this size, since their slices are read one after another
 
 
@@ -66,6 +67,16 @@ class Stack(NamedTuple):
     problem: str = ""  # why it cannot be read
 
 
+class Segments(abc.ABC):
+    """A label that itself says which slices of which scan it marks."""
+
+    numbers: tuple[int, ...]  # of its segments
+
+    @abc.abstractmethod
+    def mask(self, slice: int, segment: int) -> np.ndarray:
+        """What a segment marks on a slice of the scan, [H, W] bool."""
+
+
 class Reader(abc.ABC):
     """Reads files of one format.
 
@@ -104,6 +115,10 @@ class VolumeReader(Reader):
     @abc.abstractmethod
     def stacks(self, files: Sequence[Path]) -> list[Stack]:
         """The volumes that files of one folder make up, without reading their pixels."""
+
+    def segments(self, path: Path, scan: Volume) -> Segments | None:
+        """The segments that a label marks on a scan; None for a label that is a volume like its scan."""
+        return None
 
     def read(self, path: Path) -> Scan:
         volume = self.read_volume((path,))
@@ -166,7 +181,8 @@ class Readers:
                                      f" in {READERS.entries[name].file}; take the suffix from one")
         self._recognised: dict[Path, str | None] = {}
         self._volumes: dict[tuple[Path, ...], Future] = {}
-        self._lock = threading.Lock()
+        self._segments: dict[tuple[Path, ...], Segments | None] = {}
+        self._lock, self._segments_lock = threading.Lock(), threading.Lock()
 
     # ---- which reader ----
 
@@ -213,10 +229,11 @@ class Readers:
     def slices(self, path: Path) -> int | None:
         """How many slices a file holds; None if it is no volume, or cannot be read, which reading it will say."""
         with contextlib.suppress(Exception):
-            return max((stack.slices for stack in self.stacks([path])), default=1) if self._is_volume(path) else None
+            return max((stack.slices for stack in self.stacks([path])), default=1) if self.is_volume(path) else None
         return None
 
-    def _is_volume(self, path):
+    def is_volume(self, path: Path) -> bool:
+        """Whether a file is of a format whose files may hold volumes."""
         return isinstance(self._made.get(self.name_of(path)), VolumeReader)
 
     # ---- reading ----
@@ -226,7 +243,7 @@ class Readers:
 
         :raises InputError: naming the file.
         """
-        if self._is_volume(path):
+        if self.is_volume(path):
             kept = self._volume(path, series)
             scan, whole = self._slice(kept.volume, number, path), kept
         else:
@@ -243,9 +260,9 @@ class Readers:
 
         :raises InputError: naming the file.
         """
-        if not self._is_volume(path) and not self.foreground:
+        if not self.is_volume(path) and not self.foreground:
             return self._call("read_mask", path)
-        pixels = self._slice(self._volume(path).volume, number, path).pixels if self._is_volume(path) \
+        pixels = self._slice(self._volume(path).volume, number, path).pixels if self.is_volume(path) \
             else self._call("read", path).pixels
         if not self.foreground:
             return (pixels > 0).any(axis=0)
@@ -254,9 +271,39 @@ class Readers:
                              f" write it as one")
         return np.isin(pixels[0], self.foreground)
 
+    def read_segments(self, path: Path, number: int, image: Path, series: tuple[Path, ...] = (), each: bool = False
+                      ) -> list[np.ndarray] | None:
+        """What a label marks on slice `number` of the volume in an image, or in a series of files: one mask [H, W]
+        bool, or if `each`, one a segment. --foreground chooses segments by their numbers. None for other labels.
+
+        :raises InputError: naming the file.
+        """
+        if not self.is_volume(path) or not self.is_volume(image):
+            return None
+        scan = self._volume(image, series).volume
+        with self._segments_lock:
+            key = path, *(series or (image,))
+            if key not in self._segments:
+                if len(self._segments) >= KEPT_SEGMENTS:
+                    self._segments.clear()
+                self._segments[key] = self._call("segments", path, path, scan)
+        segments = self._segments[key]
+        if segments is None:
+            return None
+        if missing := {*self.foreground} - {*segments.numbers}:
+            raise InputError(f"{path}: has the segments {', '.join(map(str, segments.numbers))}, and none of the number"
+                             f" {min(missing)} of --foreground; give those that there are")
+        marked = [segments.mask(number, segment) for segment in self.foreground or segments.numbers]
+        return marked if each else [np.any(marked, axis=0)]
+
+    def read_channels(self, path: Path, number: int = 0) -> list[np.ndarray]:
+        """The masks in the channels of a volume, as read_mask has that of all, each [H, W] bool."""
+        pixels = self._slice(self._volume(path).volume, number, path).pixels
+        return [*(np.isin(pixels, self.foreground) if self.foreground else pixels > 0)]
+
     def info(self, path: Path, number: int = 0) -> dict[str, Any]:
         """What else the file of a label says, {} for one of a picture."""
-        return self._slice(self._volume(path).volume, number, path).info if self._is_volume(path) else {}
+        return self._slice(self._volume(path).volume, number, path).info if self.is_volume(path) else {}
 
     def _slice(self, volume, number, path):
         if number >= volume.pixels.shape[1]:
@@ -285,6 +332,8 @@ class Readers:
         """Let go of all volumes that are kept."""
         with self._lock:
             self._forget(0)
+        with self._segments_lock:
+            self._segments.clear()
 
     def _forget(self, most):
         """Let go of the volumes that were used longest ago, above so many bytes."""

@@ -9,7 +9,8 @@ import numpy as np
 from ...system import packages
 from ...system.errors import InputError
 from . import READERS
-from .base import Stack, Volume, VolumeReader
+from .base import Segments, Stack, Volume, VolumeReader
+from .dicom_seg import DicomSegments
 
 CT_RANGE = -1000.0, 400.0  # HU, air to bone: what --normalise full takes of CT, whose numbers mean the same everywhere
 _HEADER = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "Rows", "Columns",
@@ -42,13 +43,15 @@ class Dicom(VolumeReader):
         for path in files:
             try:
                 header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER)
+                kind, frames = header.get("SOPClassUID"), int(header.get("NumberOfFrames", 1) or 1)
+                for name in _HEADER:
+                    header.get(name)  # values are parsed when they are asked for
             except Exception:  # reading it says what is wrong
                 found.append(Stack(path.stem, (path,), 1))
                 continue
-            kind = header.get("SOPClassUID")
             if kind and (kind.startswith(_SEGMENTATIONS) or ("Rows" not in header and "Image" not in kind.name)):
                 continue  # plans, reports, outlines, masks
-            if (frames := int(header.get("NumberOfFrames", 1) or 1)) > 1:
+            if frames > 1:
                 found.append(Stack(_stem(path), (path,), frames))
             else:
                 series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
@@ -75,6 +78,11 @@ class Dicom(VolumeReader):
         if between and spacing:
             info["grid"] = _grid(places, spacing)
         return Volume(pixels, spacing, info, full, places)
+
+    def segments(self, path: Path, scan: Volume) -> Segments | None:
+        pydicom = packages.require("pydicom", f"{path}: reading it")
+        kind = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID"]).get("SOPClassUID", "")
+        return DicomSegments(path, scan.slices) if kind.startswith(_SEGMENTATIONS) else None
 
 
 def _stem(path):

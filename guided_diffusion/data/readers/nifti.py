@@ -1,5 +1,6 @@
 """NIfTI images and volumes, read with nibabel, which is needed for these files only."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from ...system.errors import InputError
 from . import READERS
 from .base import Stack, Volume, VolumeReader
 
-SHOWN = "L", "P", "S"  # columns run to the patient's left, rows to the back, slices to the head, as DICOM shows them
+# where columns, rows and slices run to: the patient's left, back (posterior), head (superior) or feet (inferior)
+SHOWN = {"axial": ("L", "P", "S"), "coronal": ("L", "I", "P"), "sagittal": ("P", "I", "L")}
 
 
 @READERS.add("nifti", "NIfTI, .nii and .nii.gz; each axial slice is a case")
@@ -39,13 +41,39 @@ class Nifti(VolumeReader):
         image = _load(path)
         numbers, axes = _numbers(image), _axes(image)
         shown = nibabel.orientations.apply_orientation(numbers.reshape(*_shape(image), -1), axes)  # [W, H, D, C]
-        grid = image.affine @ nibabel.orientations.inv_ornt_aff(axes, _shape(image))
-        column, row, between = (float(length) for length in np.linalg.norm(grid[:3, :3], axis=0))
-        info = {"format": "nifti", "path": str(path), "slices": shown.shape[2], "slice_spacing": between,
-                "shape": list(image.shape), "affine": image.affine.tolist(), "axes": axes.tolist(),
-                "grid": grid.tolist()}
-        spacing = (row, column) if row > 0 and column > 0 else None
+        spacing, info = _place(image, path, axes)
         return Volume(np.ascontiguousarray(shown.transpose(3, 2, 1, 0)), spacing, info)
+
+
+@functools.lru_cache(maxsize=64)
+def place_of(path: Path, axis: str) -> tuple[tuple[float, float] | None, dict[str, Any]]:
+    """The spacing of the slices of a file along an axis of SHOWN, and what Volume.info says of it.
+
+    :raises InputError: if its header cannot be read.
+    """
+    try:
+        image = _load(path)
+        return _place(image, path, _axes(image, axis))
+    except InputError:
+        raise
+    except Exception as error:  # nibabel raises almost anything on a damaged file
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); put it back") from error
+
+
+def _place(image, path, axes):
+    orientations = packages.require("nibabel", f"{path}: reading it").orientations
+    grid = image.affine @ orientations.inv_ornt_aff(axes, _shape(image))
+    column, row, between = (float(length) for length in np.linalg.norm(grid[:3, :3], axis=0))
+    info = {"format": "nifti", "path": str(path), "slices": _shape(image)[int(np.argmax(axes[:, 0] == 2))],
+            "slice_spacing": between, "shape": list(image.shape), "affine": image.affine.tolist(),
+            "axes": axes.tolist(), "grid": grid.tolist()}
+    return (row, column) if row > 0 and column > 0 else None, info
+
+
+def slice_size(info: Mapping[str, Any]) -> tuple[int, int]:
+    """(H, W) of the slices of a volume in pixels."""
+    lengths = {axis: (*info["shape"][:3], 1)[i] for i, (axis, _) in enumerate(info["axes"])}
+    return lengths[1], lengths[0]
 
 
 def to_file_axes(slices: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
@@ -75,13 +103,13 @@ def _shape(image):
     return (*image.shape[:3], 1)[:3]
 
 
-def _axes(image):
+def _axes(image, axis="axial"):
     """How the axes of the file become those of SHOWN, [3, 2], as nibabel has it."""
     orientations = packages.require("nibabel", "a NIfTI volume").orientations
     own = orientations.io_orientation(image.affine)
     if np.isnan(own).any():
         raise InputError(f"{image.get_filename()}: its affine leads to no place; write it with a right one")
-    return orientations.ornt_transform(own, orientations.axcodes2ornt(SHOWN)).astype(int)
+    return orientations.ornt_transform(own, orientations.axcodes2ornt(SHOWN[axis])).astype(int)
 
 
 def _numbers(image):
