@@ -446,7 +446,8 @@ def elastic(args, root):
     folder.mkdir()
     results, go, log = folder / "results", folder / "go", folder / "results" / "log.txt"
     program(folder / "bin" / "cimd-train", STEPPING, go=str(go))
-    flags = training(root / "data", results, max_steps=ELASTIC_STEPS, global_batch=6, dropout=0.0)[1:]
+    flags = training(root / "data", results, max_steps=ELASTIC_STEPS, global_batch=6, dropout=0.0,
+                     dist_timeout=20)[1:]
     with hosts(4, folder, args.seed) as four:
         four[3].start([sys.executable, "-c", RENDEZVOUS], folder)
 
