@@ -167,8 +167,8 @@ _COMMON = [
          "files and processes", least=1, most=10 ** 8),
     Flag("local_rank", int, None, "set by old launchers", "files and processes"),
 
-    Flag("results_dir", str, "", "folder for everything written; checkpoints may go to gs:// or az:// (default:"
-         " $OPENAI_LOGDIR, else ./results)", "results"),
+    Flag("results_dir", str, "", "folder for everything written; checkpoints may go to s3://, gs:// or az://"
+         " (default: $OPENAI_LOGDIR, else ./results)", "results"),
     Flag("results_dir", str, "", "results folder with the visdom.log to show (default: $OPENAI_LOGDIR, else ./results)",
          "replay"),
 

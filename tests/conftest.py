@@ -19,7 +19,7 @@ from PIL import Image
 
 from guided_diffusion import checkpoint
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.system import storage
+from guided_diffusion.system import blobs
 
 torch.set_num_threads(1)  # threads only wait for each other in networks this small, above all on a busy machine
 
@@ -195,7 +195,35 @@ def bucket(monkeypatch):
 
     monkeypatch.setattr(blobfile, "BlobFile", open_object)
     monkeypatch.setattr(blobfile, "remove", store.pop)
-    monkeypatch.setattr(storage, "_put_new", lambda path, data: store.setdefault(path, data) is data)
+    monkeypatch.setattr(blobs, "write_new", lambda path, data: store.setdefault(path, data) is data)
     monkeypatch.setattr(blobfile, "exists", lambda path: path in store or bool(listdir(path)))
     monkeypatch.setattr(blobfile, "listdir", listdir)
     return store
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """A helpers.store.Store."""
+    pytest.importorskip("moto", reason="moto, an S3 server, is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    from helpers.store import Store
+
+    store = Store(tmp_path_factory.mktemp("store") / "log")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def login(store, monkeypatch):
+    """login(user, **variables): from now on this process asks the store as that user, at first as its owner."""
+    from guided_diffusion.system import s3
+
+    def enter(user="owner", **variables):
+        for name, value in {**store.environment(user), **variables}.items():
+            monkeypatch.setenv(name, value)
+        s3._store.cache_clear()
+        type(s3._store()).clear_instance_cache()
+
+    enter()
+    yield enter
+    s3._store.cache_clear()

@@ -204,7 +204,8 @@ def test_what_has_no_type_is_found_unless_it_is_private(source, missing):
 BARE = """
 import importlib, json, pkgutil, sys
 
-for name in ("visdom", "matplotlib", "blobfile", "mpi4py", "requests", "h5py", "nibabel", "pydicom", "highdicom"):
+for name in ("visdom", "matplotlib", "blobfile", "s3fs", "mpi4py", "requests", "h5py", "nibabel", "pydicom",
+             "highdicom"):
     sys.modules[name] = None  # as if it were not installed
 connections = []
 sys.addaudithook(lambda event, args: event in ("socket.connect", "socket.bind", "socket.getaddrinfo")

@@ -25,6 +25,7 @@ import numpy as np
 from .. import dist_util
 from ..system.errors import InputError, raise_problems
 from . import masks, scaling
+from .mirror import local_folder
 from .readers.base import Readers
 
 SEVERAL = "labels"  # the kind of a NIfTI or DICOM file with the masks of several raters
@@ -62,6 +63,7 @@ def find_cases(data_dir: str | os.PathLike, flag: str = "--data_dir", readers: R
     :param readers: which files count (default: those of all readers).
     :raises InputError: naming every folder that cannot be listed, and every name that results cannot be called by.
     """
+    data_dir = local_folder(data_dir, flag)
     root, readers = Path(data_dir), readers or Readers()
     if not os.path.isdir(data_dir):
         raise InputError(f"{flag} {data_dir}: no such folder")
@@ -103,6 +105,8 @@ def find_cases_together(data_dir: str | os.PathLike, flag: str = "--data_dir", r
     :raises InputError: on every rank: as find_cases, or naming a rank that does not see the same folder.
     """
     readers = readers or Readers()
+    with dist_util.all_ranks_or_none():
+        data_dir = local_folder(data_dir, flag)
     if dist_util.world_size() > 1:
         with dist_util.all_ranks_or_none():
             if not os.path.isdir(data_dir):

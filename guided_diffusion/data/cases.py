@@ -19,6 +19,7 @@ from ..system.terminal import progress
 from . import decoded_file, manifest, masks, scaling
 from .case_files import check_complete, digest_of, find_cases, find_cases_together, read_case
 from .fitting import FITS, Fitting
+from .mirror import local_folder
 from .pictures import MAX_PIXELS
 from .readers.base import Readers
 
@@ -50,7 +51,8 @@ class SegmentationCases:
     if that would take more than MEMORY_BYTES in `.decoded_<image_size>_<fit>` in data_dir, which all processes share
     and later runs find again until a file changes; where that cannot be written, files are decoded at every visit.
 
-    :param data_dir: folder as case_files describes it; case folders may be nested, and are then named by their path.
+    :param data_dir: folder as case_files describes it, or one in s3://, which is copied to this machine first, see
+        mirror; case folders may be nested, and are then named by their path.
     :param image_size: side of the images in pixels.
     :param image_channels: channels of the result; a single-channel image is repeated.
     :param fit: what to do with images of another size, a name of fitting.FITS. `fitting` and `whole` lead back.
@@ -77,14 +79,16 @@ class SegmentationCases:
                  options: Mapping[str, Any] | None = None):
         if fit not in FITS:
             raise InputError(f"--fit {fit} is none of {', '.join(FITS)}")
-        self.data_dir, self.image_size, self.image_channels = data_dir, image_size, image_channels
+        self.together, self.flag, self.cache_dir = together and dist_util.world_size() > 1, flag, cache_dir
+        with dist_util.all_ranks_or_none() if self.together else contextlib.nullcontext():
+            self.data_dir = local_folder(data_dir, flag)
+        self.image_size, self.image_channels = image_size, image_channels
         self.fit, self.need_labels, self.skip_bad, self.problems = fit, need_labels, skip_bad, {}
         self.readers = Readers(options)
-        self.together, self.flag, self.cache_dir = together and dist_util.world_size() > 1, flag, cache_dir
         if self.together:
-            self.cases, self.readers_used = find_cases_together(data_dir, flag, self.readers, limit)
+            self.cases, self.readers_used = find_cases_together(self.data_dir, flag, self.readers, limit)
         else:
-            self.cases = find_cases(data_dir, flag, self.readers)[:limit or None]
+            self.cases = find_cases(self.data_dir, flag, self.readers)[:limit or None]
             self.readers_used = self.readers.used(self.cases)
         self.decoded, self.kept = self._decode_all(progress)
         self.readers.forget()

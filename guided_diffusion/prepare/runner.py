@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..system import storage
 from ..system.errors import InputError
+from ..system.lease import OneWriter
 from ..system.registry import load_plugin
 from ..system.terminal import progress
 from . import SOURCES
@@ -21,6 +21,7 @@ from .folder import LEFT_OUT, LOCK, Done, Folder
 from .splits import PARTS, assign, shares_of
 from .writing import WriteError, write_case
 
+GONE_SECONDS = 60  # without a sign of life of another machine that prepares into the folder
 SAMPLE = 8  # units that an estimate is made from
 
 
@@ -68,7 +69,7 @@ def prepare(job: Job, out: Path) -> Outcome:
     shares, source = shares_of(job.split, job.folds), job.source()
     units, left_out = _units(source, job)
     folder = Folder(out, job.kind, source.split_by)
-    with storage.claim(out, "OUT", LOCK, "is preparing"):
+    with OneWriter(out, LOCK, "OUT", "is preparing", GONE_SECONDS):
         before = folder.begin(job.options())
         folder.parts = _parts(job, units, source, shares, folder.known_parts())
         names = [*shares] or sorted({*folder.parts.values()})

@@ -92,7 +92,8 @@ class Leases:
                 break
             if not self._is_gone(holder, path, seen):
                 return holder
-            storage.remove_exactly(path, seen[0])
+            if storage.write_over(path, seen[0], self._text()):
+                break
         self._seen.pop(path, None)
         with self._busy:
             self._held.add(path)
@@ -159,12 +160,63 @@ class Leases:
                         self._renew(path)
 
     def _renew(self, path):
-        if not self.holds(path):
+        seen = self._look(path)
+        if seen is None or _read(seen[0]).generation != self.me.generation:
             self.lost.add(path)
         elif storage.is_remote(path):
-            storage.write_bytes(path, self._text())
+            storage.write_over(path, seen[0], self._text())
         else:
             os.utime(path)
+
+
+class OneWriter(contextlib.AbstractContextManager):
+    """That this process alone writes into a folder, within its `with`.
+
+    A process that others take for gone may still run, and reach the folder when they have gone on without it: each of
+    its writes asks first, and then raises Lost.
+
+    :param name: of the lease in the folder; flag: that the folder comes from; doing: what is done, for the message.
+    :param timeout: seconds after which one that does not renew its lease is taken for gone.
+    :param job: as Leases takes it.
+    :raises InputError: if another process has the folder, or nothing can be written there.
+    """
+
+    def __init__(self, folder: storage.AnyPath, name: str, flag: str, doing: str, timeout: float, job: str = ""):
+        self.folder, self.path = folder, storage.join(folder, name)
+        self.leases = Leases(timeout, job)
+        try:
+            self._take(flag, doing)
+        except OSError as error:
+            self.leases.close()
+            raise InputError(f"{flag} {folder}: {name} cannot be written ({error.strerror or error}); mend that, or"
+                             f" give another folder") from None
+        except BaseException:
+            self.leases.close()
+            raise
+        storage.fence(folder, self.check)
+
+    def _take(self, flag, doing):
+        told = False
+        while holder := self.leases.take(self.path):
+            if holder.machine == self.leases.me.machine or self.leases.renewed(self.path):
+                raise InputError(f"{flag} {self.folder}: {holder} {doing} into it; give another folder, or stop that"
+                                 f" run")
+            if not told:
+                print(f"{self.path} is held by {holder}, and is taken over unless that renews it within"
+                      f" {self.leases.timeout:g} seconds", flush=True)
+                told = True
+            time.sleep(self.leases.interval / 5)
+
+    def check(self) -> None:
+        """:raises Lost: if another process has taken over."""
+        if not self.leases.holds(self.path):
+            by = self.leases.holder(self.path) or "another run"
+            raise Lost(f"{self.folder}: {by} has gone on with this run, since this process had not been heard of;"
+                       f" nothing more is written")
+
+    def __exit__(self, *exception: object) -> None:
+        storage.fence(self.folder, None)
+        self.leases.close()
 
 
 def _read(data):

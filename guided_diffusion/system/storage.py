@@ -1,4 +1,5 @@
-"""Files of results: written whole or not at all, on this machine or in a bucket (gs://, az:// through blobfile)."""
+"""Files of results: written whole or not at all, on this machine or in a bucket (s3:// through s3fs, gs:// and az://
+through blobfile)."""
 
 import contextlib
 import errno
@@ -9,8 +10,9 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-from . import packages
+from . import blobs, s3
 from .errors import InputError
 
 AnyPath = str | os.PathLike[str]  # of a file or folder on this machine or, as a string with ://, in a bucket
@@ -31,18 +33,19 @@ def folder_of(path: AnyPath) -> str:
     return str(path).rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
 
 
-def _blobfile():
-    return packages.require("blobfile", "a path with ://")
+def _bucket_of(path) -> ModuleType:
+    """What reads and writes the objects of a path in a bucket."""
+    return s3 if str(path).startswith("s3://") else blobs
 
 
 def exists(path: AnyPath) -> bool:
-    return _blobfile().exists(str(path)) if is_remote(path) else os.path.exists(path)
+    return _bucket_of(path).exists(str(path)) if is_remote(path) else os.path.exists(path)
 
 
 def make_folder(folder: AnyPath, flag: str = "--results_dir") -> None:
     """Create a results folder; raises InputError if nothing can be written there."""
     if is_remote(folder):
-        return
+        return _bucket_of(folder).check_writable(str(folder))
     try:
         os.makedirs(folder, exist_ok=True)
         probe = _temporary(Path(folder) / "writable")
@@ -67,35 +70,9 @@ def _ask(path):
         check()
 
 
-def claim(folder: AnyPath, flag: str, name: str, doing: str) -> contextlib.AbstractContextManager:
-    """Claim a folder of this machine for what this process does, until what is returned is closed; see system.lease for
-    one that several machines share.
-
-    :param flag: that the folder comes from; name: of the file that is locked; doing: what is done, for the message.
-    :raises InputError: if another process has claimed it. Buckets, Windows and file systems without locks do not tell.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return contextlib.nullcontext()
-    if is_remote(folder):
-        return contextlib.nullcontext()
-    replace_link(Path(folder) / name)
-    file = open(Path(folder) / name, "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{flag} {folder}: another run {doing} into it; give another folder, or stop that run"
-                         ) from None
-    except OSError:
-        pass
-    return file
-
-
 def read_bytes(path: AnyPath) -> bytes:
     if is_remote(path):
-        with _blobfile().BlobFile(str(path), "rb") as file:
-            return file.read()
+        return _bucket_of(path).read_bytes(str(path))
     if not os.path.isfile(path):  # a device may never end
         raise OSError(errno.EINVAL, "is no file", str(path))
     return Path(path).read_bytes()
@@ -110,7 +87,7 @@ def replace_link(path: AnyPath) -> None:
 def remove(path: AnyPath) -> None:
     _ask(path)
     if is_remote(path):
-        _blobfile().remove(str(path))
+        _bucket_of(path).remove(str(path))
     else:
         os.unlink(path)
 
@@ -119,9 +96,7 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
     if is_remote(path):  # an object appears when its upload is complete
         _ask(path)
-        with _blobfile().BlobFile(str(path), "wb") as file:
-            file.write(data)
-        return
+        return _bucket_of(path).write_bytes(str(path), data)
     path = Path(path)
     partial = _temporary(path)
     try:
@@ -139,7 +114,7 @@ def write_new(path: AnyPath, data: bytes) -> bool:
     """Write a small file unless there is one of that name; whether it was written. Of several machines that try at the
     same time, one succeeds."""
     if is_remote(path):
-        return _put_new(str(path), data)
+        return _bucket_of(path).write_new(str(path), data)
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
@@ -154,36 +129,17 @@ def write_new(path: AnyPath, data: bytes) -> bool:
     return True
 
 
-def _put_new(path, data):
-    """write_new for a bucket. blobfile has no such call, but the stores have: it is made with blobfile's credentials.
-
-    Sources: Google Cloud Storage, request preconditions (ifGenerationMatch 0); Azure, Put Blob (If-None-Match *).
-    """
-    blobfile = _blobfile()
-    from blobfile import _azure, _gcp
-    from blobfile._common import Request
-
-    conf = blobfile.create_context()._conf
-    if path.startswith("gs://"):
-        bucket, name = _gcp.split_path(path)
-        request = Request("POST", _gcp.build_url("/upload/storage/v1/b/{bucket}/o", bucket=bucket), data=data,
-                          params={"uploadType": "media", "name": name, "ifGenerationMatch": "0"},
-                          headers={"Content-Type": "application/octet-stream"}, success_codes=(200, 412))
-        return _gcp.execute_api_request(conf, request).status == 200
-    account, container, name = _azure.split_path(path)
-    request = Request("PUT", _azure.build_url(account, "/{container}/{name}", container=container, name=name),
-                      data=data, headers={"x-ms-blob-type": "BlockBlob", "If-None-Match": "*"},
-                      success_codes=(201, 409, 412))
-    return _azure.execute_api_request(conf, request).status == 201
+def write_over(path: AnyPath, old: bytes, data: bytes) -> bool:
+    """Write a small file in the place of one that holds `old`, and of no other; whether it was written."""
+    if is_remote(path):
+        return _bucket_of(path).write_over(str(path), old, data)
+    remove_exactly(path, old)
+    return write_new(path, data)
 
 
 def remove_exactly(path: AnyPath, data: bytes) -> None:
-    """Remove a small file that holds these bytes, not one that has taken its place meanwhile (in a bucket, almost)."""
+    """Remove a small file of this machine that holds these bytes, not one that has taken its place meanwhile."""
     with contextlib.suppress(FileNotFoundError):
-        if is_remote(path):
-            if read_bytes(path) == data:
-                remove(path)
-            return
         aside = _temporary(Path(path))
         os.rename(path, aside)
         if aside.read_bytes() != data:
@@ -225,7 +181,7 @@ def runs(process: int) -> bool:
 def names_in(folder: AnyPath) -> set[str]:
     """The names of all files of a folder, none if there is no folder."""
     if is_remote(folder):
-        return set(_blobfile().listdir(str(folder))) if exists(folder) else set()
+        return _bucket_of(folder).names_in(str(folder))
     return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 

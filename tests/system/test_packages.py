@@ -6,14 +6,16 @@ import pytest
 from helpers.refusals import refusal
 
 from guided_diffusion import dist_util
-from guided_diffusion.system import packages, storage
+from guided_diffusion.system import packages, s3, storage
 
 
 @pytest.mark.parametrize("package, what, use", [
     ("blobfile", "a path with ://", lambda: storage.exists("gs://bucket/run")),
+    ("s3fs", "a path with s3://", lambda: storage.exists("s3://bucket/run")),
     ("mpi4py", "mpiexec", dist_util.setup_dist)])
 def test_what_needs_a_missing_package_names_it_and_the_command_that_brings_it(monkeypatch, package, what, use):
     monkeypatch.setitem(sys.modules, package, None)
+    s3._store.cache_clear()
     monkeypatch.setenv("PMI_SIZE", "2")  # as under mpiexec
     assert refusal(use) == f"{what} needs the package {package}: pip install {package}"
 

@@ -1,6 +1,7 @@
-"""The hosts of benchmarks/hosts.py: what their switch does to frames."""
+"""The hosts of benchmarks/hosts.py: what their switch does to frames, and one that is cut off."""
 
 import socket
+import sys
 import time
 
 import pytest
@@ -75,3 +76,12 @@ def test_the_switch_delays_frames_and_loses_the_same_share_of_them_for_a_seed(wi
             time.sleep(0.001)
         got.append([data[-1] for data in heard(b)])
     assert got[0] == got[1] == sorted(got[0]) and 60 < len(got[0]) < 90
+
+
+@pytest.mark.long
+def test_a_host_that_is_cut_off_is_named_by_the_other_and_nothing_is_left_running(processes):
+    result = processes(sys.executable, ROOT / "benchmarks" / "hosts.py", "--parts", "cut0")
+    if result.returncode == 77:
+        pytest.skip(result.stdout.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| cut, rank 0's host | rank 0 (process" in result.stdout

@@ -54,9 +54,9 @@ def test_only_what_everything_needs_is_required_and_the_rest_are_extras(distribu
         required.setdefault(extra, set()).add(name)
     assert required[""] == {"torch", "numpy", "pillow", "tqdm", "scipy", "safetensors"}
     medical = {"pydicom", "nibabel", "highdicom", "h5py"}
-    optional = {*medical, "matplotlib", "visdom", "blobfile", "mpi4py"}
+    optional = {*medical, "matplotlib", "visdom", "blobfile", "s3fs", "mpi4py"}
     for extra, packages in (("plots", {"matplotlib"}), ("visdom", {"visdom"}), ("cloud", {"blobfile"}),
-                            ("mpi", {"mpi4py", "mpich"}), ("medical", medical),
+                            ("s3", {"s3fs"}), ("mpi", {"mpi4py", "mpich"}), ("medical", medical),
                             ("all", optional), ("dev", {*optional, "pytest", "ruff"})):
         assert packages <= required[extra], extra
 
