@@ -93,8 +93,9 @@ def _join(timeout):
     threading.Thread(target=look_after, daemon=True).start()
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        # torchrun keeps its store when it starts the processes again, and with it the addresses of those before
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+            # torchrun keeps its store when it starts the processes again, and with it the addresses of those before
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
                                 rank=number, world_size=size, timeout=_FOREVER)
     except (KeyError, ValueError, RuntimeError) as error:  # dist.DistError is a RuntimeError

@@ -1,5 +1,6 @@
 """All cases of a folder, as images and raters' masks of one size. See case_files for the layout of the folder."""
 
+import contextlib
 import hashlib
 import math
 import os
