@@ -251,7 +251,7 @@ def draw(stored, usual):
         predicted_and_true(axes[3], rows[0], colours[method])
     axes[1].set(xlabel="network evaluations a mask", ylabel=COLUMNS["excess_GED"])
     for panel, column in zip(axes, ("excess_GED", "excess_GED", "total_variation")):
-        for name, colour, style in ((ORACLE, GREEN, "-"), (MOST_LIKELY, GREY, "--"), (MEAN, GREY, ":")):
+        for name, colour, style in ((ORACLE, GREEN, "-"), (MOST_LIKELY, GREY, "-."), (MEAN, GREY, ":")):
             panel.axhline(stored[name][column]["mean"], color=colour, linestyle=style, label=name, linewidth=1)
         if column == "excess_GED":  # logarithmic, and linear about the 0 of a perfect model
             panel.set_yscale("symlog", linthresh=TICKS[1], linscale=0.3)

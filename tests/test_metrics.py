@@ -218,7 +218,7 @@ def test_scores_stay_in_their_ranges_and_a_perfect_ensemble_has_the_best(sets):
     outlines = np.unique(y, axis=0)
     truth = truth_scores(p, outlines, np.full(len(outlines), 1 / len(outlines)))
     ranges, agreement = {"GED": (0, 2), "GED_unbiased": (-2, 2), "excess_GED": (-2, 2),
-                         "presence_Brier": (-0.25, 1)}, Agreement(p, y)
+                         "excess_GED_nearest": (-2, 2), "presence_Brier": (-0.25, 1)}, Agreement(p, y)
     dice = {"GED": agreement.ged("Dice"), "GED_unbiased": agreement.ged("Dice", unbiased=True)}
     for name, value in [*metrics.scores(p, y).items(), *truth.items(), *dice.items()]:
         low, high = ranges.get(name, (0, 1))

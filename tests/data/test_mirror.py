@@ -37,7 +37,9 @@ def test_cases_of_a_bucket_are_those_of_the_folder(upload, make_cases, tmp_path)
     data = make_cases(tmp_path / "data", count=3)
     upload(data, "cases")
     there, here = (SegmentationCases(folder, 16, 1) for folder in ("s3://shared/cases/", data))
-    assert len(there) == 3 and there.digests() == here.digests()
+    assert len(there) == len(here) == 3
+    for one, other in zip(there, here):
+        assert one.name == other.name and (one.image == other.image).all() and (one.raters == other.raters).all()
 
 
 def test_only_what_has_changed_is_copied_again(upload, make_cases, tmp_path, monkeypatch):
