@@ -53,7 +53,7 @@ from guided_diffusion.training.ownership import LOCK
 
 SCRIPTS = ROOT / "scripts"
 STEPS, CASES, PORT = 24, 8, 29500
-ELASTIC_STEPS = 400  # more than are done before the file "go" is there
+ELASTIC_STEPS = 60  # more than are done before the file "go" is there
 TIMEOUT, PATIENCE = 6, 600  # seconds: --dist_timeout; until a run counts as hanging
 MODEL = dict(image_size=16, image_channels=1, num_channels=32, channel_mult="1,2", num_res_blocks=1, num_heads=1,
              attention_resolutions="8")
@@ -93,7 +93,7 @@ import os, runpy, sys, time
 sys.path.insert(0, {root!r})
 from guided_diffusion.train_util import TrainLoop
 step = TrainLoop.run_step
-TrainLoop.run_step = lambda *args: (os.path.exists({go!r}) or time.sleep(0.3), step(*args))[1]
+TrainLoop.run_step = lambda *args: (os.path.exists({go!r}) or time.sleep(2), step(*args))[1]
 sys.argv[0] = {script!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
