@@ -1,10 +1,13 @@
 """Ranks that open a folder together ask the file system as much as one process would, and hold the same cases."""
 
+import inspect
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from helpers.operations import count_operations
 from helpers.pictures import SIZE
 from helpers.processes import PATIENCE, free_port
 
@@ -14,26 +17,8 @@ from guided_diffusion.data.cases import SegmentationCases
 
 FEW, MANY = 16, 32
 
-COUNTING = """
-import builtins, io, os, sys
-
-def count_operations(base):
-    '''A list that grows by what is opened, listed or looked at below a folder.'''
-    seen = []
-    def note(path):
-        if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(base):
-            seen.append(os.fspath(path))
-    sys.addaudithook(lambda event, args: event in ("open", "os.listdir", "os.scandir") and note(args[0]))
-    for name in ("stat", "lstat", "readlink"):  # of which no hook is told
-        def asked(path, *rest, original=getattr(os, name), **named):
-            note(path)
-            return original(path, *rest, **named)
-        setattr(os, name, asked)
-    return seen
-"""
-exec(COUNTING)
-
-OPEN = COUNTING + """
+OPEN = """import os, sys
+""" + inspect.getsource(count_operations) + """
 import torch
 from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.data import cases as data_cases, decoded_file
@@ -115,8 +100,10 @@ def ranks(data, make_cases, environment):
     return [checkpoint.load(f"{data}.rank{rank}") for rank in range(2)]
 
 
-def test_operations_are_linear_in_cases_not_in_cases_times_ranks(ranks, data):
-    seen, alone = count_operations(str(data)), []  # noqa: F821
+def test_operations_are_linear_in_cases_not_in_cases_times_ranks(ranks, data, monkeypatch):
+    for name in ("stat", "lstat", "readlink"):
+        monkeypatch.setattr(os, name, getattr(os, name))  # which puts them back at the end
+    seen, alone = count_operations(str(data)), []
     for count in (FEW, MANY):
         seen.clear()
         SegmentationCases(data / str(count), SIZE)

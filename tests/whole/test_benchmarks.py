@@ -237,7 +237,7 @@ def test_every_part_is_measured_and_written(speed, tmp_path):
 @pytest.mark.long
 def test_scaling_is_measured_to_its_end_and_file_operations_grow_with_cases_alone(benchmark, tmp_path, monkeypatch):
     if not shutil.which("strace"):
-        pytest.skip("needs strace")
+        pytest.skip("needs strace, which pip cannot bring")
     monkeypatch.setattr(importlib.import_module("scaling"), "TRACED", (1, 2))
     done = benchmark("speed.py", "--scaling", "--rounds", 1, "--train_batch_size", 1, "--output_dir", "out")
     assert done.code == 0, done.out
